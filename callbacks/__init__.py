@@ -1,0 +1,23 @@
+"""Callbacks: when something happens, never how. Import them as drift.callbacks."""
+
+from drift.callbacks.checkpoint import CheckpointCallback
+from drift.callbacks.collapse import CollapseCallback
+from drift.callbacks.export import ExportCallback
+from drift.callbacks.feedback import FeedbackCallback
+from drift.callbacks.progress import ProgressCallback
+from drift.callbacks.rescue import RescueCallback
+from drift.callbacks.rollout import RolloutCallback
+from drift.callbacks.samples import SampleTableCallback
+from drift.callbacks.summary import SummaryCallback
+
+__all__ = [
+    "CheckpointCallback",
+    "CollapseCallback",
+    "ExportCallback",
+    "FeedbackCallback",
+    "ProgressCallback",
+    "RescueCallback",
+    "RolloutCallback",
+    "SampleTableCallback",
+    "SummaryCallback",
+]

@@ -1,0 +1,31 @@
+"""Keeps what there is when training stops on an error: a checkpoint, and the sample that caused it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from drift.contract import SampleError
+
+
+class RescueCallback(Callback):
+    """On an error in training, saves `rescue.ckpt` in the run's folder, and `rescue.json` where a sample caused it.
+
+    The checkpoint holds the weights of the last finished step: `--ckpt_path` goes on from there.
+    """
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Saves, and says where."""
+        if not trainer.training or not isinstance(exception, Exception):
+            return
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(exception, SampleError) and trainer.is_global_zero:
+            text = json.dumps({"message": str(exception), **exception.sample}, indent=2)
+            (folder / "rescue.json").write_text(text, encoding="utf-8")
+            rank_zero_info(f"the sample that stopped training: {folder / 'rescue.json'}")
+        trainer.save_checkpoint(folder / "rescue.ckpt")
+        rank_zero_info(f"the last good weights: {folder / 'rescue.ckpt'} (go on with --ckpt_path)")

@@ -1,0 +1,81 @@
+"""Shows what the policy writes: a table of samples each few steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from drift.contract import ConfigError, PromptBatch
+
+_WIDTH = 60
+
+
+class SampleTableCallback(Callback):
+    """Prints a few completions with their rewards and timesteps, and writes them whole to TensorBoard.
+
+    Args:
+        every: steps between two tables, >= 1.
+        num: completions of a table, >= 1.
+
+    Raises:
+        ConfigError: where a value is below 1.
+    """
+
+    def __init__(self, every: int = 10, num: int = 4) -> None:
+        for key, value in (("every", every), ("num", num)):
+            if value < 1:
+                raise ConfigError(f"samples.{key} is {value}: set it to 1 or more")
+        self.every = every
+        self.num = num
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
+    ) -> None:
+        """Shows the first completions of the batch."""
+        if batch.rollout is None or trainer.global_step % self.every or not trainer.is_global_zero:
+            return
+        rows = self._rows(trainer, batch)
+        lines = [f"samples at step {trainer.global_step}: reward, timesteps, prompt => completion"]
+        lines += [f"  {row[0]:>5} {row[1]:>4}  {_short(row[2])} => {_short(row[3])}" for row in rows]
+        bar = trainer.progress_bar_callback
+        if isinstance(bar, ProgressBar):
+            bar.print("\n".join(lines))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", _markdown(rows), trainer.global_step)
+
+    def _rows(self, trainer: Trainer, batch: PromptBatch) -> list[tuple[str, str, str, str]]:
+        rollout = batch.rollout
+        assert rollout is not None
+        assert rollout.rewards is not None
+        assert rollout.num_timesteps is not None
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        group_size = len(rollout.completion_ids) // len(batch.problems)
+        texts = data.tokenizer.batch_decode(rollout.completion_ids[: self.num], skip_special_tokens=True)
+        rewards, timesteps = (
+            rollout.rewards[: self.num].sum(dim=1).tolist(),
+            rollout.num_timesteps[: self.num].tolist(),
+        )
+        return [
+            (f"{rewards[i]:.2f}", str(timesteps[i]), batch.problems[i // group_size].prompt, text)
+            for i, text in enumerate(texts)
+        ]
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _WIDTH else f"{line[: _WIDTH // 2 - 2]} .. {line[-_WIDTH // 2 + 2 :]}"
+
+
+def _markdown(rows: list[tuple[str, str, str, str]]) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", "<br>")
+
+    body = [
+        f"| {reward} | {timesteps} | {cell(prompt)} | {cell(text)} |"
+        for reward, timesteps, prompt, text in rows
+    ]
+    return "\n".join(["| reward | timesteps | prompt | completion |", "|---|---|---|---|", *body])

@@ -1,0 +1,1 @@
+"""The ready recipes and overlays: `--config NAME` finds them here."""

@@ -1,0 +1,56 @@
+"""The `drift` command; what needs no torch is answered before torch is imported."""
+
+from __future__ import annotations
+
+import sys
+
+from drift import __version__
+
+_COMMANDS = {
+    "fit": "train a policy with RLDF",
+    "sft": "fine-tune a base policy on demonstrations",
+    "validate": "evaluate a policy on the validation prompts",
+    "test": "evaluate a policy on the test prompts",
+    "predict": "write answers to the test prompts",
+}
+
+
+def usage() -> str:
+    """What `drift --help` prints."""
+    commands = "\n".join(f"  {name:<10}{what}" for name, what in _COMMANDS.items())
+    return f"""usage: drift COMMAND [--config NAME_OR_FILE ...] [--KEY VALUE ...]
+
+Reinforcement learning for masked diffusion language models.
+
+commands:
+{commands}
+
+  drift fit --config quickstart          a shipped config by its name, or a file; several merge, the later one wins
+  drift fit --config quickstart --model.sampler Uniform --model.sampler.k 4
+  drift fit --config quickstart --print_config
+  drift COMMAND --help                   every setting, with its default
+  drift --version
+"""
+
+
+def main() -> None:
+    """Runs the command line."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        sys.stdout.write(usage())
+    elif arguments[0] in ("--version", "-V"):
+        print(f"drift {__version__}")
+    elif arguments[0] not in _COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(arguments[0], _COMMANDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        sys.exit(f"drift: error: there is no command {arguments[0]!r}{hint} Commands: {', '.join(_COMMANDS)}")
+    else:
+        from drift.cli import run
+
+        run(arguments)
+
+
+if __name__ == "__main__":
+    main()

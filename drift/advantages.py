@@ -1,0 +1,56 @@
+"""Group-relative advantages (GRPO, arXiv 2402.03300, eq. of section 4.1.2), and which groups are worth training on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MIN_STD = 1e-2
+
+
+def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """(reward - group mean) / max(group's sample standard deviation, 0.01).
+
+    The floor keeps groups of nearly equal rewards from being blown up; a group without spread gets 0.
+
+    Args:
+        rewards: [N] float, groups one after the other.
+        group_size: completions of a prompt, >= 2.
+
+    Returns:
+        [N] float32.
+    """
+    groups = rewards.float().unflatten(0, (-1, group_size))
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / groups.std(dim=1, keepdim=True).clamp(min=MIN_STD)).flatten()
+
+
+def select_groups(rewards: Tensor, num_timesteps: Tensor, group_size: int, num_groups: int) -> Tensor:
+    """Rows of the groups to train on, in their order.
+
+    Groups whose rewards differ come first; the gap is filled with all-correct groups (equal rewards above 0, highest
+    first), then with all-wrong ones that took most timesteps.
+
+    Args:
+        rewards: [N] float, groups one after the other.
+        num_timesteps: [N] int64, denoising timesteps of every row.
+        group_size: completions of a prompt.
+        num_groups: groups to keep.
+
+    Returns:
+        [min(num_groups * group_size, N)] int64.
+    """
+    groups = rewards.float().unflatten(0, (-1, group_size))
+    effort = num_timesteps.float().unflatten(0, (-1, group_size)).mean(dim=1)
+    differs = groups.amax(dim=1) > groups.amin(dim=1)
+    level = groups.mean(dim=1)
+    # Sort keys, most important last: each stable sort keeps the order of the ones before it among equals.
+    order = torch.arange(len(level), device=rewards.device)
+    for key in (
+        torch.where(differs, 0, effort),
+        torch.where(differs, 0, level.clamp(min=0)),
+        differs.float(),
+    ):
+        order = order[key[order].argsort(descending=True, stable=True)]
+    chosen = order[:num_groups].sort().values
+    return (chosen[:, None] * group_size + torch.arange(group_size, device=rewards.device)).flatten()

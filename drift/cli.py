@@ -1,0 +1,175 @@
+"""The command line: LightningCLI with drift's modules, callbacks and shipped configs; no logic of its own."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+import drift.rewards
+import drift.samplers
+import drift.tasks
+from drift.callbacks import (
+    CheckpointCallback,
+    CollapseCallback,
+    ExportCallback,
+    FeedbackCallback,
+    ProgressCallback,
+    RescueCallback,
+    RolloutCallback,
+    SampleTableCallback,
+    SummaryCallback,
+)
+from drift.contract import ConfigError, SampleError
+from drift.data import PromptDataModule
+from drift.module import RLDFModule
+from drift.policy_module import PolicyModule
+from drift.sft import SFTModule
+
+_CALLBACKS = {
+    "rollout": RolloutCallback,
+    "feedback": FeedbackCallback,
+    "progress": ProgressCallback,
+    "samples": SampleTableCallback,
+    "collapse": CollapseCallback,
+    "rescue": RescueCallback,
+    "summary": SummaryCallback,
+    "export": ExportCallback,
+    "checkpoint": CheckpointCallback,
+}
+# Settings that take a class: its short name and what it may leave out (`Uniform` for `UniformSampler`).
+_SHORT_NAMES = {
+    "sampler": (drift.samplers, "Sampler"),
+    "task": (drift.tasks, "Task"),
+    "reward": (drift.rewards, "Reward"),
+}
+
+
+class DriftParser(LightningArgumentParser):
+    """A parser whose errors are one line, and name the nearest key where one is unknown."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exits with the message; raises where jsonargparse itself reads the error."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        unknown = re.search(
+            r"(?:Option|Key|key|group) ['\"]?([\w.]+)['\"]? (?:is not accepted|is not expected)", message
+        )
+        unknown = unknown or re.search(
+            r"(?:Unrecognized arguments|unrecognized arguments): --([\w.]+)", message
+        )
+        hint = _nearest(unknown.group(1), _keys(parser)) if unknown else ""
+        sys.exit(f"drift: error: {message.strip()}{hint}")
+
+
+class DriftCLI(LightningCLI):
+    """LightningCLI with drift's callbacks; the command line and the configs set everything, checkpoints nothing."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the callbacks, each under its own key."""
+        for key, callback in _CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the arguments given; sys.argv stays as it is for the ranks that are launched from it."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leaves the settings alone: Lightning would take them from the checkpoint."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer's methods that are commands."""
+        return LightningCLI.subcommands()
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs one command.
+
+    Args:
+        arguments: the command and what follows it, as on the command line.
+    """
+    command, *rest = arguments
+    module: type[PolicyModule] = SFTModule if command == "sft" else RLDFModule
+    method = "fit" if command == "sft" else command
+    try:
+        DriftCLI(
+            module,
+            PromptDataModule,
+            args=[method, *_expanded(rest)],
+            parser_class=DriftParser,
+            parser_kwargs={"prog": "drift", method: _parser_settings(command)},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+        )
+    except ConfigError as error:
+        sys.exit(f"drift: error: {error}")
+    except SampleError as error:
+        sys.exit(f"drift: stopped: {error}")
+
+
+def shipped_configs() -> dict[str, Path]:
+    """The configs that come with drift, by the names under which `--config` finds them."""
+    folder = Path(str(files("drift.configs")))
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))
+    }
+
+
+def _parser_settings(command: str) -> dict[str, Any]:
+    shipped = shipped_configs()
+    defaults = [str(shipped["base"])] + [str(shipped["evaluate"])] * (command in ("validate", "test"))
+    return {
+        "usage": f"drift {command} [--config NAME_OR_FILE ...] [--KEY VALUE ...]",
+        "default_config_files": defaults,
+    }
+
+
+def _expanded(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments, with shipped configs and short class names written out."""
+    key = ""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("-"):
+            key = name
+            yield f"{name}={_full_value(key, value)}" if equals else argument
+        else:
+            yield _full_value(key, argument)
+            key = ""
+
+
+def _full_value(key: str, value: str) -> str:
+    if key in ("--config", "-c"):
+        return _config_file(value)
+    module, suffix = _SHORT_NAMES.get(key.rpartition(".")[2], (None, ""))
+    return value + suffix if module is not None and value + suffix in module.__all__ else value
+
+
+def _config_file(value: str) -> str:
+    if Path(value).is_file():
+        return value
+    shipped = shipped_configs()
+    name = value.removesuffix(".yaml")
+    if name not in shipped:
+        raise ConfigError(
+            f"--config is {value!r}: there is no such file and no shipped config of that name{_nearest(name, list(shipped))}; "
+            f"shipped: {', '.join(shipped)}"
+        )
+    return str(shipped[name])
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    near = get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _keys(parser: Any) -> list[str]:
+    return [action.dest for action in parser._actions if action.dest != "help"]

@@ -1,0 +1,156 @@
+"""The data that crosses rooms: what each stage hands to the next.
+
+Shape letters, used everywhere in drift:
+    B prompts, N rollouts (prompts x group), P prompt length, C completion length, L = P + C,
+    S denoising timesteps of a rollout, K timesteps of a plan, M noisy states (rollout x timestep) of a masked batch,
+    R reward parts, V vocabulary, D width.
+
+A *timestep* is a denoising step of a rollout, a *step* is an optimizer step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+
+class ConfigError(ValueError):
+    """A setting or an input that cannot work: the message names the key, the value and the fix."""
+
+
+class SampleError(RuntimeError):
+    """Training met a sample that it cannot go on with; `sample` holds what is needed to look at it.
+
+    Args:
+        message: what happened, and what to do about it.
+        sample: JSON-serialisable description of the sample that caused it.
+    """
+
+    def __init__(self, message: str, sample: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.sample = dict(sample)
+
+
+@dataclass(kw_only=True, slots=True)
+class Problem:
+    """One problem: what the policy is asked, and what its reward needs to judge the answer."""
+
+    prompt: str  # the question as text, before the chat template
+    answer: str  # ground truth, in the form the task's reward expects
+    demonstration: str | None = None  # a worked completion, for supervised fine-tuning
+    row: Mapping[str, Any] = field(default_factory=dict)  # the dataset row it was made from
+
+
+@dataclass(kw_only=True, slots=True)
+class PromptBatch:
+    """Prompts of one step (or of one evaluation batch), left-padded."""
+
+    prompt_ids: Tensor  # [B,P] int64, left-padded
+    prompt_mask: Tensor  # [B,P] bool, False at padding
+    problems: list[Problem]  # [B]
+    positions: Tensor  # [B] int64, the prompt's place in its stream or dataset: it keys every random draw
+    update: int = 0  # which update of this rollout is due: 0 is the first
+    completion_ids: Tensor | None = (
+        None  # [B,C] int64, demonstrations, right-padded; supervised fine-tuning only
+    )
+    rollout: Rollout | None = None  # attached by the rollout callback
+
+
+@dataclass(kw_only=True, slots=True)
+class Rollout:
+    """Completions and the denoising feedback they left."""
+
+    prompt_ids: Tensor  # [N,P] int64, left-padded
+    prompt_mask: Tensor  # [N,P] bool, False at padding
+    completion_ids: Tensor  # [N,C] int64
+    completion_mask: Tensor  # [N,C] bool, True at valid tokens: neither padding nor mask
+    step_map: Tensor  # [N,C] int64, the row's own timestep that committed the position; S where never decoded
+    token_probs: Tensor | None = (
+        None  # [N,C] float32, probability of the committed token when it was committed
+    )
+    num_timesteps: Tensor | None = (
+        None  # [N] int64, timesteps of the row that committed something: S of its step_map
+    )
+    num_forwards: int = 0  # forward passes of the policy that the rollout took
+    rewards: Tensor | None = (
+        None  # [N,R] float32, one column a reward part, weighted; their sum is the training reward
+    )
+    correct: Tensor | None = None  # [N] bool, by the task's own reward
+    advantages: Tensor | None = None  # [N] float32
+    seeds: Tensor | None = None  # [N] int64, key of every random draw made for the row
+
+    def select(self, rows: Tensor) -> Rollout:
+        """The rollout of some rows.
+
+        Args:
+            rows: [n] int64 row indices, or [N] bool.
+        """
+        picked = {
+            f.name: value[rows] for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **picked)
+
+
+@dataclass(kw_only=True, slots=True)
+class TimestepPlan:
+    """Which noisy states to learn from: the timestep sampler's choice."""
+
+    masked: Tensor  # [K,N,C] bool, positions re-masked in the noisy state, padding included
+    current: Tensor  # [K,N,C] bool, positions committed at that very timestep
+    weight: Tensor  # [K,N] float32, weight of the noisy state in the estimate; 0 where the row has no such timestep
+
+
+@dataclass(kw_only=True, slots=True)
+class MaskedBatch:
+    """Noisy states ready for one forward pass: the rows of a plan whose weight is not 0."""
+
+    input_ids: Tensor  # [M,P+C] int64, prompt and noisy completion
+    attention_mask: Tensor  # [M,P+C] bool, False at prompt padding
+    targets: Tensor  # [M,C] int64, the clean completion
+    scored: Tensor  # [M,C] bool, masked and valid: the positions whose log-probability counts
+    current: Tensor  # [M,C] bool, scored and committed at this very timestep
+    weight: Tensor  # [M] float32, the plan's weight, > 0
+    row_share: Tensor  # [M] float32, 1 / number of noisy states of the same row
+    slot: Tensor  # [M] int64 in [0,K), which of the plan's K draws this is
+    row: Tensor  # [M] int64 in [0,N), which rollout this is
+    advantages: Tensor  # [M] float32
+    num_slots: int  # K of the plan
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def select(self, states: Tensor) -> MaskedBatch:
+        """Some of the noisy states.
+
+        Args:
+            states: [m] int64 state indices.
+        """
+        picked = {f.name: getattr(self, f.name)[states] for f in fields(self) if f.name != "num_slots"}
+        return replace(self, **picked)
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenLogProbs:
+    """What one model says of the scored tokens of a masked batch."""
+
+    logp: Tensor  # [M,C] float32 nats, 0 where not scored
+    entropy: Tensor | None = None  # [M,C] float32 nats, 0 where not scored; None where nobody asked
+
+    def detach(self) -> TokenLogProbs:
+        """The same numbers without their graph."""
+        return TokenLogProbs(
+            logp=self.logp.detach(), entropy=None if self.entropy is None else self.entropy.detach()
+        )
+
+
+@dataclass(kw_only=True, slots=True)
+class LossOutput:
+    """The loss of some noisy states; adding up over micro-batches and ranks gives the values of the whole batch."""
+
+    loss: Tensor  # [] float32, to be back-propagated
+    parts: dict[str, Tensor]  # name -> [] float32, reduced over the kept tokens exactly as the loss is
+    num_kept: Tensor  # [] int64, tokens that the loss was made of
+    num_scored: Tensor  # [] int64, masked valid tokens

@@ -1,0 +1,7 @@
+"""Prompts: where rows come from, how they become token ids, and the data module that streams them."""
+
+from drift.data.datamodule import PromptDataModule
+from drift.data.sources import Source, load_rows
+from drift.data.template import PromptTemplate
+
+__all__ = ["PromptDataModule", "PromptTemplate", "Source", "load_rows"]

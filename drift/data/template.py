@@ -1,0 +1,81 @@
+"""From a problem to the token ids that the policy is prompted with."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerFast
+
+from drift.contract import ConfigError, Problem
+
+
+class PromptTemplate:
+    """Renders and tokenises prompts; a tokenizer with a chat template gets a user turn, one without the bare text.
+
+    Args:
+        tokenizer: of the policy.
+        system_prompt: put before every prompt, as a system turn where there is a chat template.
+        max_length: longest prompt in tokens.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, system_prompt: str | None, max_length: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.system_prompt = system_prompt
+        self.max_length = max_length
+
+    def render(self, problem: Problem) -> str:
+        """The text that the policy is prompted with."""
+        if not self.tokenizer.chat_template:
+            return "\n".join(part for part in (self.system_prompt, problem.prompt) if part)
+        turns = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        turns.append({"role": "user", "content": problem.prompt})
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return text
+
+    def encode(self, problem: Problem, where: str) -> list[int]:
+        """Token ids of the rendered prompt.
+
+        Args:
+            problem: what to render.
+            where: the row in words, for error messages.
+
+        Raises:
+            ConfigError: where the prompt is empty, too long, or holds the mask token.
+        """
+        ids: list[int] = self.tokenizer(self.render(problem), add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ConfigError(f"{where}: its prompt is empty; correct the data, or drop the row")
+        if len(ids) > self.max_length:
+            raise ConfigError(
+                f"{where}: its prompt has {len(ids)} tokens, data.max_prompt_length is {self.max_length}; raise it, or "
+                "set data.long_prompts: drop"
+            )
+        if self.tokenizer.mask_token_id in ids:
+            raise ConfigError(
+                f"{where}: its prompt holds the mask token {self.tokenizer.mask_token!r}, which the policy would read as a "
+                "position to fill in; drop the row"
+            )
+        return ids
+
+    def encode_demonstration(self, problem: Problem, length: int, where: str) -> list[int]:
+        """Token ids of the problem's demonstration, padded to `length`.
+
+        Args:
+            problem: with a demonstration.
+            length: of the result, tokens.
+            where: the row in words, for error messages.
+
+        Raises:
+            ConfigError: where there is no demonstration, or it is too long.
+        """
+        if problem.demonstration is None:
+            raise ConfigError(
+                f"{where}: it has no demonstration; choose a task that has, or unset demonstration_length"
+            )
+        ids: list[int] = self.tokenizer(problem.demonstration, add_special_tokens=False)["input_ids"]
+        if len(ids) > length:
+            raise ConfigError(
+                f"{where}: its demonstration has {len(ids)} tokens, data.demonstration_length is {length}; raise it"
+            )
+        return ids + [self.tokenizer.pad_token_id] * (length - len(ids))

@@ -1,0 +1,43 @@
+"""Everything that knows about ranks."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from drift.contract import ConfigError
+
+
+def world_size() -> int:
+    """Number of ranks; 1 where nothing is distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This rank; 0 where nothing is distributed."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of a tensor over all ranks, on every rank; not differentiable."""
+    if world_size() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def share_of_rank(num: int, key: str) -> range:
+    """The indices of this rank's share of `num` things, the same number on every rank.
+
+    Args:
+        num: things in all.
+        key: the setting that says how many, for the error message.
+
+    Raises:
+        ConfigError: where they cannot be shared evenly.
+    """
+    if num % world_size():
+        raise ConfigError(f"{key} is {num}: it must be a multiple of the {world_size()} ranks")
+    size = num // world_size()
+    return range(rank() * size, (rank() + 1) * size)

@@ -1,0 +1,172 @@
+"""The RLDF loss at noisy states (arXiv 2605.25638, section 5 of our notation): pure functions of log-probabilities."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from drift.contract import ConfigError, LossOutput, MaskedBatch, TokenLogProbs
+
+KL = Literal["k1", "k2", "k3"]
+Normalisation = Literal["token", "sample"]
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Settings of the policy loss.
+
+    Args:
+        tau: clipped clean state: a token not committed at the noisy state's own timestep counts only where its
+            probability is at least tau, in [0, 1]; 0 keeps all.
+        beta: weight of the KL to the reference; 0: no reference is loaded.
+        kl: estimator of the KL, k1, k2 or k3 (Schulman, "Approximating KL divergence", 2020).
+        eps_low: PPO clip below 1 - eps_low; several updates per rollout only.
+        eps_high: PPO clip above 1 + eps_high.
+        entropy_coeff: weight of |H_ref - H| (of H without a reference).
+        normalisation: `token` divides by the kept tokens of the whole batch, `sample` by those of each row, then by rows.
+
+    Raises:
+        ConfigError: where a value is outside its range.
+    """
+
+    tau: float = 0.6
+    beta: float = 0.0
+    kl: KL = "k3"
+    eps_low: float = 0.2
+    eps_high: float = 0.2
+    entropy_coeff: float = 0.0
+    normalisation: Normalisation = "token"
+
+    def __post_init__(self) -> None:
+        def require(good: bool, key: str, fix: str) -> None:
+            if not good:
+                raise ConfigError(f"{key} is {getattr(self, key)!r}: {fix}")
+
+        require(0 <= self.tau <= 1, "tau", "set it to a probability in [0, 1]")
+        require(
+            math.isfinite(self.beta) and self.beta >= 0,
+            "beta",
+            "set it to 0 (no reference) or a positive number",
+        )
+        require(self.kl in get_args(KL), "kl", f"choose one of {list(get_args(KL))}")
+        require(0 <= self.eps_low < 1, "eps_low", "set it in [0, 1)")
+        require(self.eps_high >= 0, "eps_high", "set it to 0 or more")
+        require(math.isfinite(self.entropy_coeff), "entropy_coeff", "set it to a finite number")
+        require(
+            self.normalisation in get_args(Normalisation),
+            "normalisation",
+            f"choose one of {list(get_args(Normalisation))}",
+        )
+
+
+def kept_tokens(feedback: TokenLogProbs, batch: MaskedBatch, tau: float) -> Tensor:
+    """The clipped clean state: [M,C] bool, the scored tokens that the loss is made of.
+
+    Args:
+        feedback: the probabilities that decide, current ones for one update per rollout, old ones for several.
+        batch: M noisy states.
+        tau: least probability of a token that was not committed at the state's own timestep.
+    """
+    if tau == 0:
+        return batch.scored
+    return batch.scored & ((feedback.logp.detach() >= math.log(tau)) | batch.current)
+
+
+def kept_per_slot(kept: Tensor, batch: MaskedBatch) -> Tensor:
+    """[K] float32, kept tokens of each of the plan's draws: what normalisation `token` divides by."""
+    count = torch.zeros(batch.num_slots, device=kept.device)
+    return count.index_add(0, batch.slot, kept.sum(dim=1).float())
+
+
+def kl_estimate(logp: Tensor, reference: Tensor, kind: KL) -> Tensor:
+    """Estimate of KL(policy || reference) per token, nats, from the log-probabilities of the same tokens."""
+    difference = reference - logp
+    if kind == "k1":
+        return -difference
+    if kind == "k2":
+        return difference.square() / 2
+    return difference.exp() - 1 - difference
+
+
+def rldf_loss(
+    policy: TokenLogProbs,
+    batch: MaskedBatch,
+    config: LossConfig,
+    *,
+    old: TokenLogProbs | None = None,
+    reference: TokenLogProbs | None = None,
+    num_kept: Tensor | None = None,
+    num_rows: Tensor | float | None = None,
+) -> LossOutput:
+    """The policy loss of some noisy states of a batch.
+
+    Args:
+        policy: log-probabilities of the model being trained (with entropy where entropy_coeff is not 0).
+        batch: the M noisy states they belong to.
+        config: settings.
+        old: log-probabilities at the same noisy states before the first update of this rollout: PPO's clipped ratio. None:
+            there is one update per rollout, REINFORCE.
+        reference: those of the frozen reference; None leaves the KL out.
+        num_kept: [K] kept tokens per slot of the whole batch; None: these states are the whole batch.
+        num_rows: rows of the whole batch; None: these states are the whole batch.
+
+    Returns:
+        loss, and the parts `policy`, `kl`, `entropy`, `ratio` and `clip_fraction` under the same reduction.
+    """
+    kept = kept_tokens(old or policy, batch, config.tau)
+    share = _token_share(kept, batch, config, num_kept, num_rows)
+    # Only kept tokens from here on: an infinite value at a dropped token would turn into NaN in backward.
+    logp = policy.logp[kept]
+    advantages = batch.advantages[:, None].expand_as(kept)[kept]
+    if old is None:
+        objective, ratio, clipped = logp * advantages, torch.ones_like(logp), torch.zeros_like(logp)
+    else:
+        ratio = (logp - old.logp[kept]).exp()
+        bounded = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
+        objective = torch.minimum(ratio * advantages, bounded * advantages)
+        clipped = (bounded * advantages < ratio * advantages).float()
+    per_token = {"policy": -objective, "ratio": ratio.detach(), "clip_fraction": clipped}
+    total = -objective
+    if reference is not None:
+        per_token["kl"] = kl_estimate(logp, reference.logp[kept], config.kl)
+        if config.beta:
+            total = total + config.beta * per_token["kl"]
+    if policy.entropy is not None:
+        entropy = policy.entropy[kept]
+        per_token["entropy"] = entropy
+        if config.entropy_coeff:
+            apart = (
+                entropy
+                if reference is None or reference.entropy is None
+                else reference.entropy[kept] - entropy
+            )
+            total = total + config.entropy_coeff * (apart.abs() if reference is not None else apart)
+    return LossOutput(
+        loss=(share * total).sum(),
+        parts={name: (share * value.detach()).sum() for name, value in per_token.items()},
+        num_kept=kept.sum(),
+        num_scored=batch.scored.sum(),
+    )
+
+
+def _token_share(
+    kept: Tensor,
+    batch: MaskedBatch,
+    config: LossConfig,
+    num_kept: Tensor | None,
+    num_rows: Tensor | float | None,
+) -> Tensor:
+    """Factor of every kept token in the loss: one number a token, in the order of `kept`."""
+    if config.normalisation == "token":
+        if num_kept is None:
+            num_kept = kept_per_slot(kept, batch)
+        share = batch.weight / (batch.num_slots * num_kept.clamp(min=1)[batch.slot])
+    else:
+        if num_rows is None:
+            num_rows = batch.row.unique().numel()
+        share = batch.weight * batch.row_share / (kept.sum(dim=1).clamp(min=1) * num_rows)
+    return share[:, None].expand_as(kept)[kept]

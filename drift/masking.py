@@ -1,0 +1,49 @@
+"""From rollouts and a plan to noisy states: what the policy saw, ready to be scored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drift.contract import MaskedBatch, Rollout, TimestepPlan
+
+
+def masked_batch(
+    rollout: Rollout, plan: TimestepPlan, mask_token_id: int, rows: Tensor | None = None
+) -> MaskedBatch:
+    """The noisy states of a plan whose weight is not 0, slot by slot.
+
+    Args:
+        rollout: N rollouts; rows without advantages get 0.
+        plan: K draws for each of them.
+        mask_token_id: what a masked position holds.
+        rows: [N] bool, rollouts to take; None: all.
+
+    Returns:
+        M noisy states. Positions committed at or after the timestep are masked, padding included, and the rest of the
+        completion is as the policy saw it.
+    """
+    real = plan.weight > 0
+    if rows is not None:
+        real = real & rows
+    slot, row = real.nonzero(as_tuple=True)
+    masked = plan.masked[slot, row]
+    completion = rollout.completion_ids[row]
+    valid = rollout.completion_mask[row]
+    prompt_mask = rollout.prompt_mask[row]
+    advantages = rollout.advantages
+    if advantages is None:
+        advantages = torch.zeros(rollout.completion_ids.shape[0], device=row.device)
+    return MaskedBatch(
+        input_ids=torch.cat((rollout.prompt_ids[row], completion.masked_fill(masked, mask_token_id)), dim=1),
+        attention_mask=torch.cat((prompt_mask, torch.ones_like(masked)), dim=1),
+        targets=completion,
+        scored=masked & valid,
+        current=plan.current[slot, row] & valid,
+        weight=plan.weight[slot, row],
+        row_share=1.0 / real.sum(dim=0)[row],
+        slot=slot,
+        row=row,
+        advantages=advantages[row],
+        num_slots=plan.weight.shape[0],
+    )

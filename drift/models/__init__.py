@@ -1,0 +1,23 @@
+"""Policies: the `DiffusionLM` interface, the families that implement it, loading and saving."""
+
+from drift.models.base import DiffusionLM, KeyValueCache
+from drift.models.llada import LLaDA, LLaDAConfig
+from drift.models.loading import (
+    load_policy,
+    load_tokenizer,
+    read_config,
+    require_matching_tokenizer,
+    resolve_folder,
+)
+
+__all__ = [
+    "DiffusionLM",
+    "KeyValueCache",
+    "LLaDA",
+    "LLaDAConfig",
+    "load_policy",
+    "load_tokenizer",
+    "read_config",
+    "require_matching_tokenizer",
+    "resolve_folder",
+]

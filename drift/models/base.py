@@ -1,0 +1,191 @@
+"""What the rest of drift knows of a policy: the `DiffusionLM` interface and the parts its families share."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from drift.models.head import VocabHead
+
+# Finite, so that 0 * it is 0 in an entropy, and far enough down that its softmax is exactly 0.
+ILLEGAL_LOGIT = -1e30
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of positions that are not fed again."""
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to, given those of the positions being fed.
+
+        Args:
+            layer: index of the transformer block.
+            keys: [B,H,l,d] of the fed positions.
+            values: [B,H,l,d] of the fed positions.
+        """
+        ...
+
+
+class DiffusionLM(PreTrainedModel):
+    """A masked diffusion language model: a bidirectional body and a head that scores masked positions.
+
+    `forward` is the body. Families align its output, so that everywhere in drift the head applied to `hidden[:, i]`
+    scores the token at position i. Body and head are separate because the head is needed at few positions only.
+    """
+
+    base_model_prefix = "model"
+    hub_architectures: ClassVar[tuple[str, ...]] = ()
+    _supports_sdpa = True
+
+    @property
+    def head(self) -> VocabHead:
+        """The output head: logits = head(hidden)."""
+        raise NotImplementedError
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        raise NotImplementedError
+
+    @property
+    def mask_token_id(self) -> int:
+        """Id of the mask token: the one that the policy fills in and never emits."""
+        return self.config.mask_token_id
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of the padding token, which also ends an answer."""
+        return self.config.pad_token_id
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states, aligned: the head applied to position i scores the token at i.
+
+        Args:
+            input_ids: [B,l] int64.
+            attention_mask: [B,L] bool, False at padding; L counts cached positions too. None: no padding.
+            position_ids: [B,l] int64; None: counted from the attention mask, padding left out.
+            cache: keys and values of positions that are not fed, or a store for those that are.
+
+        Returns:
+            [B,l,D].
+        """
+        raise NotImplementedError
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits at every position, aligned: `logits[:, i]` scores the token at i.
+
+        Args:
+            input_ids: [B,L] int64.
+            attention_mask: [B,L] bool, False at padding; None: no padding.
+
+        Returns:
+            [B,L,V], raw: illegal tokens are not masked out.
+        """
+        return self.head(self(input_ids, attention_mask))
+
+    def forbid_illegal(self, logits: Tensor) -> Tensor:
+        """The logits over legal tokens: those that may never be emitted get no probability.
+
+        Args:
+            logits: [..., V] float.
+        """
+        illegal = torch.tensor(self.illegal_token_ids, device=logits.device)
+        return logits.index_fill(-1, illegal, ILLEGAL_LOGIT)
+
+    @property
+    def illegal_token_ids(self) -> list[int]:
+        """Ids that the policy must never emit."""
+        return [self.mask_token_id]
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Writes a Hugging Face folder: safetensors under the hub's names and config.json with the hub's class name."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            # transformers writes the name of this class, which the original code base doesn't have.
+            self.config.architectures = list(self.hub_architectures)
+            self.config.save_pretrained(save_directory)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.init_std
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of freshly initialised weights."""
+        return 0.02
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square layer norm (Zhang and Sennrich, arXiv 1910.07467), computed in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised input, in its own dtype."""
+        full = x.float()
+        full = full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * full.to(x.dtype)
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """[B,L] int64 positions that do not count padding, from a [B,L] bool mask."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def rotary_table(position_ids: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of rotary position embeddings (Su et al., arXiv 2104.09864).
+
+    Args:
+        position_ids: [B,l] int64.
+        head_width: width of one attention head.
+        theta: base of the frequencies.
+
+    Returns:
+        two [B,1,l,head_width] float32 tensors.
+    """
+    exponent = torch.arange(0, head_width, 2, device=position_ids.device).float() / head_width
+    angle = position_ids[:, None, :, None].float() * (theta**-exponent)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys [B,H,l,d] turned by their position, in float32 whatever the dtype of `x`."""
+    cos, sin = table
+    left, right = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Bidirectional attention over the keys that are no padding.
+
+    Args:
+        query: [B,H,l,d].
+        key: [B,Hkv,L,d]; H is a multiple of Hkv.
+        value: [B,Hkv,L,d].
+        key_mask: [B,1,1,L] bool, False at padding; None: no padding.
+
+    Returns:
+        [B,l,H*d].
+    """
+    grouped = query.shape[1] != key.shape[1]
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, enable_gqa=grouped)
+    return mixed.transpose(1, 2).flatten(2)

@@ -1,0 +1,187 @@
+"""Policies and tokenizers from Hugging Face folders; nothing is unpickled and no code is loaded from a hub."""
+
+from __future__ import annotations
+
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from drift.contract import ConfigError
+from drift.models.base import DiffusionLM
+from drift.models.llada import LLaDA
+
+FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDA}
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+def resolve_folder(path: str | Path, key: str = "model.policy") -> Path:
+    """The local folder that a policy's name stands for.
+
+    Args:
+        path: a Hugging Face folder; or the bare name of a policy that comes with drift, such as `sudoku_base`; or a
+            hub id `owner/name`, which is taken from the hub's cache or downloaded (weights and texts, never code).
+        key: the setting that the path comes from, for the error message.
+
+    Raises:
+        ConfigError: where there is no such folder.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    shipped = Path(str(files("drift"))) / "assets"
+    if len(folder.parts) == 1 and (shipped / folder).is_dir():
+        return shipped / folder
+    names = sorted(p.name for p in shipped.iterdir()) if shipped.is_dir() else []
+    if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parts[0].startswith("."):
+        try:
+            return Path(snapshot_download(str(path), allow_patterns=_PATTERNS))
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise ConfigError(
+                f"{key} is {str(path)!r}: there is no such folder, and no such model in the hub's cache or in its reach "
+                f"({type(error).__name__}); give the path of a Hugging Face folder"
+            ) from error
+    raise ConfigError(
+        f"{key} is {str(path)!r}: there is no such folder; give the path of a Hugging Face folder, a hub id "
+        f"owner/name, or one of the policies that come with drift: {names}"
+    )
+
+
+def read_config(folder: Path, key: str = "model.policy") -> dict[str, Any]:
+    """The folder's config.json, checked to be of a family that drift knows."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        found = sorted(p.name for p in folder.iterdir())
+        raise ConfigError(f"{key} is {str(folder)!r}: it has no config.json, only {found}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key} is {str(folder)!r}: its config.json is no JSON: {error}") from error
+    if config.get("model_type") not in FAMILIES:
+        raise ConfigError(
+            f"{key} is {str(folder)!r}: its config.json has model_type: {config.get('model_type')!r}; "
+            f"supported: {sorted(FAMILIES)}"
+        )
+    return config
+
+
+def load_policy(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    random_init: bool = False,
+    key: str = "model.policy",
+) -> DiffusionLM:
+    """The policy stored in a Hugging Face folder, in train mode, chosen by config.json's model_type.
+
+    Args:
+        path: what `resolve_folder` takes.
+        dtype: dtype of the parameters.
+        random_init: fresh weights (from torch's default generator) instead of the folder's.
+        key: the setting that the path comes from, for error messages.
+
+    Raises:
+        ConfigError: where the folder, its configuration or its weights are missing, damaged or of another shape.
+    """
+    folder = resolve_folder(path, key)
+    family = FAMILIES[read_config(folder, key)["model_type"]]
+    if random_init:
+        return family(family.config_class.from_pretrained(folder)).to(dtype).train()
+    if not any(folder.glob("*.safetensors")):
+        found = sorted(p.name for p in folder.iterdir())
+        raise ConfigError(f"{key} is {str(folder)!r}: it has no *.safetensors weights, only {found}")
+    transformers_logging.disable_progress_bar()
+    try:
+        policy, report = family.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{key} is {str(folder)!r}: its safetensors cannot be read ({error}); the file is damaged or cut short: "
+            "copy or download it again"
+        ) from error
+    _require_complete(folder, report, key)
+    return policy.train()
+
+
+def _require_complete(folder: Path, report: dict[str, Any], key: str) -> None:
+    """Raises ConfigError where weights were missing, unknown or of another shape: transformers only warns."""
+    faults = {
+        "missing": sorted(report["missing_keys"]),
+        "not part of the model": sorted(report["unexpected_keys"]),
+        "of another shape (tensor, file, model)": sorted(report["mismatched_keys"]),
+    }
+    found = [f"{len(names)} tensors {what}, such as {names[:3]}" for what, names in faults.items() if names]
+    if found:
+        raise ConfigError(
+            f"{key} is {str(folder)!r}: its weights do not fit its config.json: {'; '.join(found)}; "
+            "config.json and the safetensors must come from the same checkpoint"
+        )
+
+
+def load_tokenizer(path: str | Path, key: str = "data.tokenizer") -> PreTrainedTokenizerFast:
+    """The tokenizer stored in a Hugging Face folder as tokenizer.json.
+
+    Args:
+        path: what `resolve_folder` takes.
+        key: the setting that the path comes from, for error messages.
+
+    Raises:
+        ConfigError: where there is no tokenizer.json, or it is damaged.
+    """
+    folder = resolve_folder(path, key)
+    if not (folder / "tokenizer.json").is_file():
+        found = sorted(p.name for p in folder.iterdir())
+        raise ConfigError(
+            f"{key} is {str(folder)!r}: it has no tokenizer.json, only {found}; set {key} to a folder with one"
+        )
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust tokenizer raises bare Exception on a damaged file
+        raise ConfigError(f"{key} is {str(folder)!r}: its tokenizer files cannot be read: {error}") from error
+
+
+def require_matching_tokenizer(policy_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raises ConfigError where tokenizer and policy don't agree on the mask token, the padding or the vocabulary."""
+    mask_id, pad_id = policy_config.get("mask_token_id"), policy_config.get("pad_token_id")
+    name = tokenizer.name_or_path
+    for key, token_id in (("mask_token_id", mask_id), ("pad_token_id", pad_id)):
+        if not isinstance(token_id, int):
+            raise ConfigError(f"the policy's config.json has {key}: {token_id!r}; it must be a token id")
+        if token_id >= len(tokenizer) or tokenizer.convert_ids_to_tokens(token_id) is None:
+            raise ConfigError(
+                f"data.tokenizer is {name!r}: it has no token for the policy's {key} {token_id} ({len(tokenizer)} "
+                "tokens); use the tokenizer that the policy was trained with"
+            )
+    if mask_id == pad_id:
+        raise ConfigError(
+            f"the policy's config.json has mask_token_id and pad_token_id both {mask_id}; they must differ"
+        )
+    if tokenizer.mask_token_id not in (None, mask_id):
+        raise ConfigError(
+            f"data.tokenizer is {name!r}: its mask token {tokenizer.mask_token!r} has id {tokenizer.mask_token_id}, the "
+            f"policy's mask_token_id is {mask_id}; use the tokenizer that the policy was trained with"
+        )
+    if tokenizer.pad_token_id != pad_id:
+        raise ConfigError(
+            f"data.tokenizer is {name!r}: its padding token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, the "
+            f"policy's pad_token_id is {pad_id}; use the tokenizer that the policy was trained with"
+        )
+    rows = policy_config.get("embedding_size") or policy_config.get("vocab_size") or 0
+    if len(tokenizer) > rows:
+        raise ConfigError(
+            f"data.tokenizer is {name!r}: it has {len(tokenizer)} tokens, the policy only {rows}; use the tokenizer that "
+            "the policy was trained with"
+        )

@@ -1,0 +1,285 @@
+"""RLDF, Reinforcement Learning from Denoising Feedback (arXiv 2605.25638): `training_step` is the algorithm."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drift.advantages import group_advantages, select_groups
+from drift.contract import (
+    ConfigError,
+    LossOutput,
+    MaskedBatch,
+    PromptBatch,
+    Rollout,
+    SampleError,
+    TokenLogProbs,
+)
+from drift.distributed import sum_over_ranks, world_size
+from drift.logprobs import token_logprobs
+from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
+from drift.masking import masked_batch
+from drift.models import DiffusionLM, load_policy
+from drift.optimizer import OptimizerConfig, clip_gradients
+from drift.policy_module import DType, PolicyModule, require_rollout
+from drift.randomness import fold
+from drift.samplers import TimestepSampler, WeightedSampler
+
+# Sets the draws of plans apart from those of the rollout, which are keyed by the same seeds.
+_PLAN = -1
+_COUNTS = ("num_kept", "num_scored")
+
+
+class RLDFModule(PolicyModule):
+    """Owns the policy and the frozen reference, and takes one optimizer step from each batch of rollouts.
+
+    Args:
+        policy: a Hugging Face folder, the bare name of a policy that comes with drift, or a hub id.
+        reference: the same for the frozen reference of the KL; None: the policy as it was at the start. It is loaded only
+            where loss.beta > 0.
+        sampler: which denoising timesteps the policy gradient is estimated from.
+        loss: settings of the policy loss.
+        optimizer: settings of AdamW.
+        num_updates: optimizer steps taken from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.
+        train_groups: groups of completions to train on, of all that were rolled out, over all ranks; None: all.
+        micro_batch_size: noisy states in one forward and backward pass; the result does not depend on it.
+        dtype: dtype of the policy's parameters.
+
+    Raises:
+        ConfigError: where a value is outside its range or there is no such policy.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        reference: str | None = None,
+        sampler: TimestepSampler | None = None,
+        loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        num_updates: int = 1,
+        train_groups: int | None = None,
+        micro_batch_size: int = 64,
+        dtype: DType = "float32",
+    ) -> None:
+        super().__init__(policy, optimizer, dtype)
+        for key, value in (
+            ("num_updates", num_updates),
+            ("train_groups", train_groups or 1),
+            ("micro_batch_size", micro_batch_size),
+        ):
+            if value < 1:
+                raise ConfigError(f"model.{key} is {value}: set it to 1 or more")
+        self.reference_path = reference
+        self.sampler = sampler or WeightedSampler()
+        self.loss = loss
+        self.num_updates = num_updates
+        self.train_groups = train_groups
+        self.micro_batch_size = micro_batch_size
+        self.automatic_optimization = False
+        self.learned: Rollout | None = None  # the rows in training, of the rollout at hand
+        self.trained_probs: Tensor | None = (
+            None  # [N,C] what the last update gave to the tokens it scored; 0 elsewhere
+        )
+        self._old_parameters: list[Tensor] = []
+        # Not a submodule: no checkpoint keys, no optimizer state, never in train mode.
+        object.__setattr__(self, "reference", None)
+        self.reference: DiffusionLM | None
+
+    def configure_model(self) -> None:
+        """Loads the policy, and the reference where the loss has a KL, once."""
+        super().configure_model()
+        if self.loss.beta > 0 and self.reference is None:
+            folder = self.reference_path or self.policy_folder
+            reference = load_policy(folder, self.policy_dtype, key="model.reference")
+            object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
+
+    def on_fit_start(self) -> None:
+        """Moves the reference to the policy's device: Lightning doesn't know it."""
+        if self.reference is not None:
+            self.reference.to(self.device)
+
+    def needs_rollout(self, batch: PromptBatch) -> bool:
+        """Whether the batch is to be rolled out: not again for the further updates of the rollout at hand."""
+        return super().needs_rollout(batch) or batch.update == 0 or self.learned is None
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """One update: advantages, plan, noisy states, log-probabilities, loss, backward, step."""
+        start = time.perf_counter()
+        rollout = self._with_advantages(batch)
+        plan = self.sampler.plan(self._keyed(rollout, batch.update))
+        noisy = masked_batch(rollout, plan, self.policy.mask_token_id, rows=self._carries_gradient(rollout))
+        parts = (
+            list(torch.arange(len(noisy), device=self.device).split(self.micro_batch_size))
+            if len(noisy)
+            else []
+        )
+        old = self._old_logprobs(noisy, parts, batch.update)
+        policy = self._score(self.policy, noisy) if len(parts) == 1 else None
+        num_kept, num_rows = self._totals(noisy, parts, old or policy)
+        outputs = []
+        self.trained_probs = torch.zeros_like(rollout.completion_ids, dtype=torch.float32)
+        for done, part in enumerate(parts, start=1):
+            states = noisy.select(part)
+            policy = policy if policy is not None else self._score(self.policy, states)
+            reference = self._reference_logprobs(states)
+            before = None if old is None else TokenLogProbs(logp=old.logp[part])
+            output = rldf_loss(
+                policy,
+                states,
+                self.loss,
+                old=before,
+                reference=reference,
+                num_kept=num_kept,
+                num_rows=num_rows,
+            )
+            self._require_finite(output.loss, states, batch)
+            # Distributed strategies average gradients; the loss is already the sum over the whole batch.
+            self.manual_backward(output.loss * world_size())
+            self._keep_feedback(states, policy)
+            self.report("update", done, len(parts))
+            outputs.append(output)
+            policy = None
+        grad_norm = self._step(batch)
+        self._log_update(outputs, noisy, grad_norm, time.perf_counter() - start)
+
+    def _with_advantages(self, batch: PromptBatch) -> Rollout:
+        """The rows to train on, with advantages: chosen at the first update of a rollout and kept for the others."""
+        if batch.update > 0 and self.learned is not None:
+            return self.learned
+        rollout = require_rollout(batch)
+        assert rollout.rewards is not None
+        assert rollout.num_timesteps is not None
+        rewards = rollout.rewards.sum(dim=1)
+        group_size = len(rewards) // len(batch.problems)
+        rollout.advantages = group_advantages(rewards, group_size)
+        if self.train_groups is not None:
+            num_groups = max(self.train_groups // world_size(), 1)
+            rollout = rollout.select(select_groups(rewards, rollout.num_timesteps, group_size, num_groups))
+        self.learned = rollout
+        return rollout
+
+    def _keyed(self, rollout: Rollout, update: int) -> Rollout:
+        """The rollout under seeds of this update, so that each update draws a plan of its own."""
+        keyed = rollout.select(
+            torch.arange(len(rollout.completion_ids), device=rollout.completion_ids.device)
+        )
+        keyed.seeds = None if rollout.seeds is None else fold(rollout.seeds, _PLAN, update)
+        return keyed
+
+    def _carries_gradient(self, rollout: Rollout) -> Tensor | None:
+        """[N] bool, rows that move the weights: without KL and entropy, those with an advantage. None: all."""
+        if self.loss.beta > 0 or self.loss.entropy_coeff:
+            return None
+        assert rollout.advantages is not None
+        return rollout.advantages != 0
+
+    def _score(self, model: DiffusionLM, states: MaskedBatch) -> TokenLogProbs:
+        with self.trainer.precision_plugin.forward_context():
+            return token_logprobs(model, states, entropy=self.loss.entropy_coeff != 0)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, states: MaskedBatch) -> TokenLogProbs | None:
+        return None if self.reference is None else self._score(self.reference, states)
+
+    @torch.no_grad()
+    def _old_logprobs(self, noisy: MaskedBatch, parts: list[Tensor], update: int) -> TokenLogProbs | None:
+        """Log-probabilities of the weights that made the rollout; None with one update per rollout."""
+        if self.num_updates == 1 or not parts:
+            return None
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        if update == 0 or not self._old_parameters:
+            self._old_parameters = [p.detach().clone() for p in parameters]
+            return self._score_parts(noisy, parts)
+        now = [p.detach().clone() for p in parameters]
+        try:
+            _overwrite(parameters, self._old_parameters)
+            return self._score_parts(noisy, parts)
+        finally:
+            _overwrite(parameters, now)
+
+    def _score_parts(self, noisy: MaskedBatch, parts: list[Tensor]) -> TokenLogProbs:
+        return TokenLogProbs(
+            logp=torch.cat([self._score(self.policy, noisy.select(part)).logp for part in parts])
+        )
+
+    @torch.no_grad()
+    def _totals(
+        self, noisy: MaskedBatch, parts: list[Tensor], feedback: TokenLogProbs | None
+    ) -> tuple[Tensor, Tensor]:
+        """Kept tokens per slot and rows with noisy states, over all micro-batches and ranks."""
+        num_rows = sum_over_ranks(torch.tensor(float(noisy.row.unique().numel()), device=self.device))
+        if self.loss.normalisation == "token" and self.loss.tau > 0 and feedback is None and parts:
+            # Which tokens are kept is known only from the probabilities, and how many before the first backward pass.
+            feedback = self._score_parts(noisy, parts)
+        kept = noisy.scored if feedback is None else kept_tokens(feedback, noisy, self.loss.tau)
+        return sum_over_ranks(kept_per_slot(kept, noisy)), num_rows
+
+    def _keep_feedback(self, states: MaskedBatch, policy: TokenLogProbs) -> None:
+        """Records the training feedback: only at its own timestep is a token's probability that of its commit."""
+        assert self.trained_probs is not None
+        state, position = states.current.nonzero(as_tuple=True)
+        self.trained_probs[states.row[state], position] = policy.logp.detach()[state, position].exp()
+
+    def refresh_feedback(self) -> None:
+        """Puts the probabilities that the last update gave to the tokens it scored into the rollout's feedback."""
+        if self.learned is None or self.learned.token_probs is None or self.trained_probs is None:
+            return
+        scored = self.trained_probs > 0
+        self.learned.token_probs = torch.where(scored, self.trained_probs, self.learned.token_probs)
+
+    def _step(self, batch: PromptBatch) -> Tensor:
+        """Clips, steps and schedules; gives back the gradient's norm."""
+        optimizer: Any = self.optimizers()
+        norm = clip_gradients(self.policy.parameters(), self.optimizer_config.gradient_clip)
+        self._require_finite(norm, None, batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        return norm
+
+    def _require_finite(self, value: Tensor, states: MaskedBatch | None, batch: PromptBatch) -> None:
+        if bool(torch.isfinite(value)):
+            return
+        rows = sorted(set(states.row.tolist())) if states is not None else []
+        assert self.learned is not None
+        raise SampleError(
+            f"{'the loss' if states is not None else 'the norm of the gradient'} is {value.item()} at step "
+            f"{self.global_step}: the weights are as before this step; lower model.optimizer.lr, or look at the sample",
+            {
+                "step": self.global_step,
+                "positions": batch.positions.tolist(),
+                "prompts": [problem.prompt for problem in batch.problems],
+                "completion_ids": self.learned.completion_ids[rows].tolist(),
+                "advantages": []
+                if self.learned.advantages is None
+                else self.learned.advantages[rows].tolist(),
+            },
+        )
+
+    def _log_update(
+        self, outputs: list[LossOutput], noisy: MaskedBatch, norm: Tensor, seconds: float
+    ) -> None:
+        zero = torch.zeros((), device=self.device)
+        names = ["policy"] + ["kl"] * (self.loss.beta > 0) + ["entropy"] * (self.loss.entropy_coeff != 0)
+        names += ["ratio", "clip_fraction"] * (self.num_updates > 1)
+        sums = [torch.stack([zero, *(o.parts[name] for o in outputs)]).sum() for name in names]
+        sums += [torch.stack([zero, *(getattr(o, name).float() for o in outputs)]).sum() for name in _COUNTS]
+        sums.append(torch.stack([zero, *(o.loss.detach() for o in outputs)]).sum())
+        *parts, num_kept, num_scored, total = sum_over_ranks(torch.stack(sums))
+        self.log("loss/total", total, prog_bar=True)
+        self.log_dict({f"loss/{name}": value for name, value in zip(names, parts, strict=True)})
+        self.log("loss/kept_share", num_kept / num_scored.clamp(min=1))
+        self.log("update/noisy_states", float(len(noisy)))
+        self.log("update/grad_norm", norm)
+        self.log("update/seconds", seconds)
+        self.log("update/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def _overwrite(parameters: list[Tensor], values: list[Tensor]) -> None:
+    # In place: sharded parameters must keep their storage.
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)

@@ -1,0 +1,144 @@
+"""What every LightningModule of drift shares: it owns a policy and measures its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from drift.contract import ConfigError, PromptBatch, Rollout
+from drift.metrics import RolloutMetrics
+from drift.models import DiffusionLM, load_policy, read_config, require_matching_tokenizer, resolve_folder
+from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule
+
+DType = Literal["float32", "bfloat16"]
+Experience = Callable[["PolicyModule", PromptBatch], PromptBatch]
+
+
+class PolicyModule(LightningModule):
+    """Owns the policy, and evaluates the rollouts that the rollout callback attaches to every batch.
+
+    Args:
+        policy: a Hugging Face folder, the bare name of a policy that comes with drift, or a hub id.
+        optimizer: settings of AdamW.
+        dtype: dtype of the policy's parameters.
+        random_init: start from fresh weights, of the folder's config.json.
+    """
+
+    experience: Experience | None = None
+    on_progress: Callable[[str, int, int], None] | None = None
+
+    def __init__(
+        self, policy: str, optimizer: OptimizerConfig, dtype: DType = "float32", random_init: bool = False
+    ) -> None:
+        super().__init__()
+        if dtype not in get_args(DType):
+            raise ConfigError(f"model.dtype is {dtype!r}: choose one of {list(get_args(DType))}")
+        self.policy_folder = resolve_folder(policy)
+        self.policy_config = read_config(self.policy_folder)
+        self.optimizer_config = optimizer
+        self.policy_dtype: torch.dtype = getattr(torch, dtype)
+        self.random_init = random_init
+        self.rollout_metrics = RolloutMetrics()
+        self.validation_metrics = RolloutMetrics()
+        self.test_metrics = RolloutMetrics()
+        self.policy: DiffusionLM
+
+    def setup(self, stage: str) -> None:
+        """Checks that the tokenizer is the policy's, before its weights are loaded."""
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        if tokenizer is not None:
+            require_matching_tokenizer(self.policy_config, tokenizer)
+
+    def configure_model(self) -> None:
+        """Loads the policy, once."""
+        if "policy" not in self._modules:
+            self.policy = load_policy(self.policy_folder, self.policy_dtype, random_init=self.random_init)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trainable parameters, and its schedule, stepped once an optimizer step."""
+        optimizer = build_optimizer(self, self.optimizer_config)
+        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
+        """The batch with its rollout, which the rollout callback provides."""
+        return (
+            self.experience(self, batch)
+            if self.experience is not None and self.needs_rollout(batch)
+            else batch
+        )
+
+    def needs_rollout(self, batch: PromptBatch) -> bool:
+        """Whether the batch is to be rolled out."""
+        return not self.trainer.training
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """The context of a rollout: no graph, evaluation mode, the trainer's precision."""
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            # no_grad, not inference_mode: what a rollout returns takes part in training.
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                yield
+        finally:
+            self.policy.train(was_training)
+
+    def report(self, stage: str, done: int, total: int) -> None:
+        """Tells the progress bar, where there is one, how far a stage of this step is."""
+        if self.on_progress is not None:
+            self.on_progress(stage, done, total)
+
+    def measure(self, rollout: Rollout) -> dict[str, Tensor]:
+        """What a training rollout was like, over all ranks, by the names under which it is logged."""
+        self.rollout_metrics.update(rollout)
+        found = self.rollout_metrics.compute()
+        self.rollout_metrics.reset()
+        names = {
+            "reward/mean": "reward",
+            "reward/accuracy": "accuracy",
+            "rollout/timesteps": "timesteps",
+            "rollout/tokens_per_forward": "tokens_per_forward",
+        }
+        return {name: found[metric] for name, metric in names.items()}
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Adds the batch's answers to the validation metrics."""
+        self.validation_metrics.update(require_rollout(batch))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/accuracy` and its fellows."""
+        self._log_metrics("val", self.validation_metrics)
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Adds the batch's answers to the test metrics."""
+        self.test_metrics.update(require_rollout(batch))
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/accuracy` and its fellows."""
+        self._log_metrics("test", self.test_metrics)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> PromptBatch:
+        """The batch with its rollout."""
+        require_rollout(batch)
+        return batch
+
+    def _log_metrics(self, prefix: str, metrics: RolloutMetrics) -> None:
+        # Computed here, over all ranks: an interval can't be averaged.
+        values = {f"{prefix}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict(values, rank_zero_only=False)
+        metrics.reset()
+
+
+def require_rollout(batch: PromptBatch) -> Rollout:
+    """The batch's rollout; raises ConfigError where nothing has attached one."""
+    if batch.rollout is None:
+        raise ConfigError(
+            "the batch has no rollout: add drift.callbacks.RolloutCallback to the trainer's callbacks"
+        )
+    return batch.rollout

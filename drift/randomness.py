@@ -1,0 +1,57 @@
+"""Random draws keyed by what they are for, not by the order in which they are made.
+
+A key is an int64. `fold` derives a new key from a key and integers (seed, step, sample, position ...); `uniform`
+turns keys into numbers. The same key gives the same number on every device, in every batch and on every rank, so a
+sample does not depend on its neighbours. The mixing function is SplitMix64's finaliser (Steele, Lea and Flood,
+"Fast splittable pseudorandom number generators", OOPSLA 2014).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN_RATIO = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's >> copies the sign bit."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def fold(key: Tensor | int, *parts: Tensor | int) -> Tensor:
+    """New keys, one for each combination of a key with the given integers.
+
+    Args:
+        key: int64 key or keys.
+        parts: integers, or int64 tensors that broadcast with `key`.
+
+    Returns:
+        int64 tensor of the broadcast shape.
+    """
+    key = torch.as_tensor(key, dtype=torch.int64)
+    for part in parts:
+        key = _mix(_mix(key + _GOLDEN_RATIO) + part)
+    return key
+
+
+def uniform(key: Tensor) -> Tensor:
+    """Numbers in (0, 1), float64 of the key's shape, uniform over distinct keys."""
+    return (_shift_right(_mix(key + _GOLDEN_RATIO), 11).double() + 0.5) * 2.0**-53
+
+
+def draw_keys(
+    num: int, generator: torch.Generator | None = None, device: torch.device | None = None
+) -> Tensor:
+    """[num] int64 keys drawn from a generator (torch's default one where None)."""
+    source = generator.device if generator is not None else torch.device("cpu")
+    keys = torch.randint(-(2**63), 2**63 - 1, (num,), generator=generator, device=source)
+    return keys.to(device) if device is not None else keys

@@ -1,0 +1,17 @@
+"""Rewards: small classes that judge completions."""
+
+from drift.rewards.base import PerSampleReward, Reward
+from drift.rewards.countdown import CountdownReward
+from drift.rewards.format import FormatReward
+from drift.rewards.math import MathReward, extract_boxed
+from drift.rewards.sudoku import SudokuReward
+
+__all__ = [
+    "CountdownReward",
+    "FormatReward",
+    "MathReward",
+    "PerSampleReward",
+    "Reward",
+    "SudokuReward",
+    "extract_boxed",
+]

@@ -1,0 +1,83 @@
+"""Reward of a mathematical answer: the last box of the completion against the ground truth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from drift.contract import ConfigError, Problem
+from drift.rewards.base import Reward
+from drift.rewards.math_workers import JudgePool
+
+_BOX = "\\boxed{"
+# An escaped brace is part of the answer, not of the nesting.
+_ESCAPE_OR_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
+_MAX_CHARACTERS = 1000  # several times the longest ground truth of the usual benchmarks
+
+
+class MathReward(Reward):
+    r"""1.0 where the last \boxed{...} of the completion equals `problem.answer`, else 0.0.
+
+    Equality is judged by math-verify in processes of their own, so that an answer which makes the symbolic
+    algebra hang or crash counts 0 and harms nothing else. Equal pairs of a batch are judged once.
+
+    Args:
+        timeout_seconds: time for the judgement of one answer, > 0.
+        num_workers: judge processes, >= 1, started when first needed.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    def __init__(self, timeout_seconds: float = 5.0, num_workers: int = 2) -> None:
+        if not timeout_seconds > 0:
+            raise ConfigError(f"timeout_seconds={timeout_seconds!r} of MathReward must be greater than 0")
+        if num_workers < 1:
+            raise ConfigError(f"num_workers={num_workers!r} of MathReward must be at least 1")
+        self.timeout_seconds = timeout_seconds
+        self.num_workers = num_workers
+        self._pool = JudgePool(num_workers, timeout_seconds)
+
+    def __reduce__(self) -> tuple[type, tuple[float, int]]:
+        """The settings alone: a copy starts judges of its own."""
+        return type(self), (self.timeout_seconds, self.num_workers)
+
+    def __call__(self, completions: Sequence[str], problems: Sequence[Problem]) -> Tensor:
+        """[N] float32 rewards on the CPU.
+
+        Raises:
+            RuntimeError: the judges cannot start, for example because math-verify is not installed.
+        """
+        pairs = [
+            (problem.answer.strip(), (extract_boxed(completion) or "").strip())
+            for completion, problem in zip(completions, problems, strict=True)
+        ]
+        unsure = [(gold, answer) for gold, answer in dict.fromkeys(pairs) if _needs_judge(gold, answer)]
+        verdicts = dict(zip(unsure, self._pool.judge(unsure), strict=True))
+        equal = [verdicts.get((gold, answer), gold == answer != "") for gold, answer in pairs]
+        return torch.tensor(equal, dtype=torch.float32)
+
+    def close(self) -> None:
+        """Ends the judge processes; the next call starts new ones."""
+        self._pool.close()
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{...}, None where there is no box or the last one is never closed."""
+    start = text.rfind(_BOX)
+    if start < 0:
+        return None
+    start += len(_BOX)
+    depth = 1
+    for token in _ESCAPE_OR_BRACE.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        if depth == 0:
+            return text[start : token.start()]
+    return None
+
+
+def _needs_judge(gold: str, answer: str) -> bool:
+    return gold != answer and 0 < len(answer) <= _MAX_CHARACTERS

@@ -1,0 +1,165 @@
+"""Judge processes with a time limit: what hangs or crashes in one of them costs one answer, not the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import LifoQueue
+from typing import IO, Any
+
+JUDGE_COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("math_judge.py")))
+_STARTUP_SECONDS = 120.0  # importing sympy from a cold network disk
+_MAX_QUESTIONS = 5000  # the symbolic libraries keep caches: a fresh process now and then keeps memory flat
+
+
+class JudgeProcess:
+    """One judge, started at its first question and replaced after a question that it did not survive.
+
+    Args:
+        timeout_seconds: limit of one question, > 0; starting the process does not count.
+        command: program that speaks the protocol of math_judge.py.
+    """
+
+    def __init__(self, timeout_seconds: float, command: Sequence[str] = JUDGE_COMMAND) -> None:
+        self.timeout_seconds = timeout_seconds
+        self.command = list(command)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0
+        self._num_questions = 0
+
+    def ask(self, gold: str, answer: str) -> bool:
+        """Whether the judge says that the answers are equal; False where it hangs or crashes.
+
+        Raises:
+            RuntimeError: the judge cannot be started.
+        """
+        if self._num_questions >= _MAX_QUESTIONS:
+            self.kill()
+        process = self._running() or self._start()
+        self._num_questions += 1
+        question = {"gold": gold, "answer": answer, "timeout_seconds": self.timeout_seconds}
+        stdin, _ = _pipes(process)
+        try:
+            stdin.write(json.dumps(question).encode() + b"\n")
+            stdin.flush()
+        except OSError:
+            reply = None
+        else:
+            reply = _read_message(process, self.timeout_seconds)
+        if reply is None:
+            self.kill()
+            return False
+        return reply["equal"]
+
+    def kill(self) -> None:
+        """Ends the process, if there is one; the next question starts another."""
+        process, self._process = self._process, None
+        # A forked child must leave its parent's judge alone.
+        if process is None or self._owner != os.getpid():
+            return
+        process.kill()
+        process.wait()
+        for pipe in _pipes(process):
+            try:
+                pipe.close()
+            except OSError:
+                continue  # a question that was never read is still in the buffer
+
+    def _running(self) -> subprocess.Popen[bytes] | None:
+        process = self._process
+        return process if process and self._owner == os.getpid() and process.poll() is None else None
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        self.kill()
+        self._process = process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        self._owner, self._num_questions = os.getpid(), 0
+        greeting = _read_message(process, _STARTUP_SECONDS) or {"error": "it said nothing"}
+        if "error" in greeting:
+            self.kill()
+            command = " ".join(self.command)
+            raise RuntimeError(
+                f"the math judge cannot start: {greeting['error']}. Install math-verify for {sys.executable} "
+                f"(pip install math-verify); to see the whole error run: {command}"
+            )
+        return process
+
+
+class JudgePool:
+    """Judges that share the questions of a batch. Closed by `close`, when collected and at interpreter exit.
+
+    Args:
+        num_workers: judges, >= 1; a judge that is never needed is never started.
+        timeout_seconds: limit of one question, > 0.
+        command: program that speaks the protocol of math_judge.py.
+    """
+
+    def __init__(
+        self, num_workers: int, timeout_seconds: float, command: Sequence[str] = JUDGE_COMMAND
+    ) -> None:
+        self._workers = [JudgeProcess(timeout_seconds, command) for _ in range(num_workers)]
+        # Last in, first out: a running judge before a new one.
+        self._idle: LifoQueue[JudgeProcess] = LifoQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        weakref.finalize(self, _kill_all, self._workers)
+
+    def judge(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+        """Whether the two answers of each (gold, answer) pair are equal.
+
+        Raises:
+            RuntimeError: a judge cannot be started.
+        """
+        if not pairs:
+            return []
+        with ThreadPoolExecutor(min(len(self._workers), len(pairs))) as threads:
+            return list(threads.map(self._ask_idle, pairs))
+
+    def close(self) -> None:
+        """Ends all judges; the next batch starts them again."""
+        _kill_all(self._workers)
+
+    def _ask_idle(self, pair: tuple[str, str]) -> bool:
+        worker = self._idle.get()
+        try:
+            return worker.ask(*pair)
+        finally:
+            self._idle.put(worker)
+
+
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def _kill_all(workers: Sequence[JudgeProcess]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+def _read_message(process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any] | None:
+    """The next line of a judge, None where there is none in time or the judge has ended."""
+    deadline = time.monotonic() + seconds
+    line = b""
+    _, stdout = _pipes(process)
+    with selectors.DefaultSelector() as selector:
+        selector.register(stdout, selectors.EVENT_READ)
+        while not line.endswith(b"\n"):
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                return None
+            # Past the buffer of the pipe object: what it had read ahead, the selector would not see.
+            chunk = os.read(stdout.fileno(), 65536)
+            if not chunk:
+                return None
+            line += chunk
+    return json.loads(line)

@@ -1,0 +1,132 @@
+"""Settings of the denoiser."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from drift.contract import ConfigError
+
+Score = Literal["confidence", "margin", "neg_entropy", "random"]
+BlockOpening = Literal["confidence", "first_token"]
+
+
+@dataclass(frozen=True)
+class DenoiseConfig:
+    """How a completion is unmasked, block by block (METHOD: LLaDA, arXiv 2502.09992; Fast-dLLM, arXiv 2505.22618).
+
+    Args:
+        block_length: positions of a block; blocks are decoded left to right.
+        threshold: dynamic schedule: every masked position whose score reaches it is committed, and where a row has
+            none, its best one. In (0, 1]; for `neg_entropy` in nats, <= 0. None: static schedule.
+        steps: static schedule: denoising steps of a completion, spread evenly over its blocks, and the positions of a
+            block evenly over its steps, remainders first. Not used with a threshold.
+        temperature: 0 takes the most likely token, otherwise tokens are sampled from softmax(logits / temperature).
+        top_p: sample from the smallest set of tokens that holds this much probability, in (0, 1]; None: all.
+        top_k: sample from this many most likely tokens; None: all.
+        score: what decides which positions are committed: `confidence` (probability of the candidate token), `margin`
+            (best minus second best probability), `neg_entropy` (sum of p log p, nats) or `random`. Probabilities are
+            those of the untempered, unfiltered softmax over the legal tokens.
+        use_cache: keep the keys and values of everything before a block from the pass that opens it.
+        horizon: with the cache, how many positions after the block the later passes of a block see; None: all.
+        block_opening: what the pass that opens a block commits: `confidence` follows the schedule (LLaDA),
+            `first_token` commits the block's first position (Dream).
+        stop_at_padding: a row whose finished block is all padding has ended; the rest of it is padding.
+
+    Raises:
+        ConfigError: where a value is outside its range.
+    """
+
+    block_length: int = 32
+    threshold: float | None = 0.9
+    steps: int | None = None
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    score: Score = "confidence"
+    use_cache: bool = False
+    horizon: int | None = None
+    block_opening: BlockOpening = "confidence"
+    stop_at_padding: bool = True
+
+    def __post_init__(self) -> None:
+        def require(good: bool, key: str, fix: str) -> None:
+            if not good:
+                raise ConfigError(f"{key} is {getattr(self, key)!r}: {fix}")
+
+        require(self.block_length >= 1, "block_length", "set it to 1 or more positions")
+        require(self.score in get_args(Score), "score", f"choose one of {list(get_args(Score))}")
+        require(
+            self.block_opening in get_args(BlockOpening),
+            "block_opening",
+            f"choose one of {list(get_args(BlockOpening))}",
+        )
+        require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            "temperature",
+            "set it to 0 (most likely token) or a positive number",
+        )
+        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "set it in (0, 1], or null for no filter")
+        require(
+            self.top_k is None or self.top_k >= 1,
+            "top_k",
+            "set it to 1 or more tokens, or null for no filter",
+        )
+        require(
+            self.horizon is None or self.horizon >= 0,
+            "horizon",
+            "set it to 0 or more positions, or null for all",
+        )
+        require(self.steps is None or self.steps >= 1, "steps", "set it to 1 or more denoising steps")
+        if self.threshold is None:
+            require(
+                self.steps is not None,
+                "steps",
+                "with threshold: null the schedule is static and needs a number",
+            )
+        elif self.score == "neg_entropy":
+            require(
+                self.threshold <= 0, "threshold", "scores are negative entropies: set it to 0 or less (nats)"
+            )
+        else:
+            require(0 < self.threshold <= 1, "threshold", "set it in (0, 1], or null for a static schedule")
+
+    def require_fits(self, completion_length: int) -> None:
+        """Raises ConfigError where a completion of this length cannot be decoded with these settings."""
+        if completion_length < 1 or completion_length % self.block_length:
+            raise ConfigError(
+                f"completion_length is {completion_length}, block_length is {self.block_length}: "
+                "the completion length must be a multiple of the block length"
+            )
+        if self.threshold is None:
+            self.quotas(completion_length)
+
+    def quotas(self, completion_length: int) -> list[list[int]]:
+        """Static schedule: for every block, the number of positions that each of its steps commits.
+
+        Args:
+            completion_length: positions of the completion.
+
+        Raises:
+            ConfigError: where there are fewer steps than the blocks need.
+        """
+        if self.steps is None:
+            raise ConfigError(
+                f"steps is None: a static schedule of {completion_length} positions needs a number"
+            )
+        num_blocks = completion_length // self.block_length
+        opening = 1 if self.block_opening == "first_token" and self.block_length > 1 else 0
+        if self.steps < num_blocks * (1 + opening):
+            raise ConfigError(
+                f"steps is {self.steps}: {num_blocks} blocks with block_opening {self.block_opening!r} need at least "
+                f"{num_blocks * (1 + opening)}; raise steps or block_length"
+            )
+        spread = _spread(self.steps, num_blocks)
+        return [[1] * opening + _spread(self.block_length - opening, steps - opening) for steps in spread]
+
+
+def _spread(total: int, parts: int) -> list[int]:
+    """`total` in `parts` nearly equal whole numbers, the larger ones first."""
+    share, extra = divmod(total, parts)
+    return [share + (i < extra) for i in range(parts)]

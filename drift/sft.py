@@ -1,0 +1,92 @@
+"""Masked-diffusion fine-tuning on demonstrations: how a base policy is made."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from drift.contract import ConfigError, MaskedBatch, PromptBatch
+from drift.logprobs import token_logprobs
+from drift.optimizer import OptimizerConfig
+from drift.policy_module import DType, PolicyModule
+from drift.randomness import fold, uniform
+
+# Least share of masked tokens: 1/t weights would have no bound (LLaDA, arXiv 2502.09992, algorithm 2).
+MIN_SHARE = 1e-3
+
+
+class SFTModule(PolicyModule):
+    """Fine-tunes a policy on demonstrations (LLaDA, arXiv 2502.09992, eq. 5).
+
+    Per row t ~ U(0,1); each completion token, padding included, is masked with probability t; the loss is the cross
+    entropy of the masked tokens weighted 1/t, per completion token.
+
+    Args:
+        policy: a Hugging Face folder, the bare name of a policy that comes with drift, or a hub id.
+        optimizer: settings of AdamW.
+        random_init: start from fresh weights, of the folder's config.json.
+        dtype: dtype of the policy's parameters.
+        seed: of the masks.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5),  # noqa: B008 - frozen
+        random_init: bool = False,
+        dtype: DType = "float32",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(policy, optimizer, dtype, random_init)
+        self.seed = seed
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
+        """The loss of one batch of demonstrations."""
+        if batch.completion_ids is None:
+            raise ConfigError(
+                "the batch has no demonstrations: set data.demonstration_length, and use a task whose problems have them"
+            )
+        noisy, share = mask_demonstrations(batch, self.policy.mask_token_id, self.seed)
+        logp = token_logprobs(self.policy, noisy).logp
+        loss = -(logp / share[:, None]).sum() / logp.numel()
+        self.log("loss/total", loss, prog_bar=True)
+        return loss
+
+    def configure_gradient_clipping(self, optimizer: object, *_: object, **__: object) -> None:
+        """Clips by the optimizer's setting: the trainer's would be a second place for it."""
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.optimizer_config.gradient_clip)
+        self.log("update/grad_norm", norm)
+
+
+def mask_demonstrations(batch: PromptBatch, mask_token_id: int, seed: int) -> tuple[MaskedBatch, Tensor]:
+    """Demonstrations with a random share of their tokens masked, keyed by (seed, place in the stream).
+
+    Args:
+        batch: B prompts with completion_ids [B,C].
+        mask_token_id: what a masked position holds.
+        seed: of the draws.
+
+    Returns:
+        M = B noisy states, and the share t of each row, [B] float32.
+    """
+    completion = batch.completion_ids
+    assert completion is not None
+    key = fold(seed, batch.positions)
+    share = (MIN_SHARE + (1 - MIN_SHARE) * uniform(fold(key, 0))).float()
+    columns = torch.arange(1, completion.shape[1] + 1, device=completion.device)
+    masked = uniform(fold(key[:, None], columns)) < share[:, None]
+    ones = torch.ones_like(share)
+    states = MaskedBatch(
+        input_ids=torch.cat((batch.prompt_ids, completion.masked_fill(masked, mask_token_id)), dim=1),
+        attention_mask=torch.cat((batch.prompt_mask, torch.ones_like(masked)), dim=1),
+        targets=completion,
+        scored=masked,
+        current=masked,
+        weight=ones,
+        row_share=ones,
+        slot=torch.zeros_like(batch.positions),
+        row=torch.arange(len(completion), device=completion.device),
+        advantages=ones,
+        num_slots=1,
+    )
+    return states, share

@@ -1,0 +1,97 @@
+"""Countdown: reach a target with given numbers and the four operations."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+from drift.contract import ConfigError, Problem
+from drift.rewards import CountdownReward
+from drift.tasks.procedural import ProceduralTask
+
+_PROMPT = (
+    "Use each of the numbers {numbers} at most once with + - * / to make {target}. Write the expression only."
+)
+_OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+_MAX_DRAWS = 10_000
+
+
+class CountdownTask(ProceduralTask):
+    """Numbers and a target that some expression with all of them reaches through positive integers only.
+
+    The target is never one of the numbers, and the order of the numbers does not make another puzzle.
+
+    Args:
+        num_numbers: numbers given, 2 to 6.
+        max_number: largest number given, >= 2.
+        max_target: largest target, >= 1.
+        seed: key of all draws.
+        prompt: the question; {numbers} and {target} are filled in.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    fields = ("numbers", "target", "solution")
+
+    def __init__(
+        self,
+        num_numbers: int = 3,
+        max_number: int = 20,
+        max_target: int = 100,
+        seed: int = 0,
+        prompt: str = _PROMPT,
+    ) -> None:
+        super().__init__(seed)
+        if not 2 <= num_numbers <= 6:
+            raise ConfigError(f"num_numbers={num_numbers!r} must be within 2 to 6")
+        if max_number < 2:
+            raise ConfigError(f"max_number={max_number!r} must be at least 2")
+        if max_target < 1:
+            raise ConfigError(f"max_target={max_target!r} must be at least 1")
+        if "{numbers}" not in prompt or "{target}" not in prompt:
+            raise ConfigError(f"prompt={prompt!r} must contain {{numbers}} and {{target}}")
+        self.num_numbers = num_numbers
+        self.max_number = max_number
+        self.max_target = max_target
+        self.prompt = prompt
+        self.reward = CountdownReward()
+
+    def problem(self, row: Mapping[str, Any]) -> Problem:
+        """The problem of reaching a row's target."""
+        numbers = ", ".join(map(str, row["numbers"]))
+        # Not str.format: other braces of a prompt, such as those of LaTeX, are text.
+        prompt = self.prompt.replace("{numbers}", numbers).replace("{target}", str(row["target"]))
+        return Problem(prompt=prompt, answer=row["solution"], demonstration=row["solution"], row=dict(row))
+
+    def generate(self, rng: Random) -> dict[str, Any]:
+        """A row with random numbers and the value of a random expression of them."""
+        for _ in range(_MAX_DRAWS):
+            numbers = [rng.randint(1, self.max_number) for _ in range(self.num_numbers)]
+            target, solution = _random_expression(rng, numbers)
+            if target <= self.max_target and target not in numbers:
+                return {"numbers": numbers, "target": target, "solution": solution}
+        raise ConfigError(f"max_target={self.max_target} is hardly ever met: raise it or lower max_number")
+
+    def canonical(self, row: dict[str, Any]) -> str:
+        """The sorted numbers and the target."""
+        return f"{sorted(row['numbers'])}={row['target']}"
+
+
+def _random_expression(rng: Random, numbers: list[int]) -> tuple[int, str]:
+    """Value and text of an expression that uses every number once."""
+    terms = [(number, str(number)) for number in numbers]
+    while len(terms) > 1:
+        left, right = sorted((terms.pop(rng.randrange(len(terms))) for _ in range(2)), reverse=True)
+        symbols = ["+", "*"]
+        if left[0] > right[0]:
+            symbols.append("-")
+        if left[0] % right[0] == 0:
+            symbols.append("/")
+        symbol = rng.choice(symbols)
+        text = f"({left[1]}{symbol}{right[1]})"
+        terms.append((_OPERATIONS[symbol](left[0], right[0]), text))
+    value, text = terms[0]
+    return value, text[1:-1]  # the outermost parentheses say nothing

@@ -1,0 +1,70 @@
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from drift.rewards.math_judge import as_formula
+from drift.rewards.math_workers import JUDGE_COMMAND
+
+
+@pytest.mark.parametrize(
+    ("answer", "formula"),
+    [
+        ("5", "$5$"),
+        (" $5$ ", "$5$"),
+        (r"\(5\)", "$5$"),
+        (r"\[5\]", "$5$"),
+        ("1$ or $2", "$1 or 2$"),
+        (r"\$5", r"$\$5$"),
+        ("18.", "$18$"),
+        ("1.5", "$1.5$"),
+        (r"\left\{ x \right.", r"$\left\{ x \right.$"),
+        ("a\nb", "$a b$"),
+        (r"1 \\[4pt] 2", r"$1 \\[4pt] 2$"),  # a line break with a gap, no delimiter
+    ],
+)
+def test_an_answer_becomes_one_formula(answer: str, formula: str):
+    assert as_formula(answer) == formula
+
+
+def talk(*questions: dict, command: tuple[str, ...] = JUDGE_COMMAND, timeout: float = 60) -> list[dict]:
+    """What a judge says to the questions, its greeting first, until it ends."""
+    lines = "".join(json.dumps({"timeout_seconds": 20.0, **question}) + "\n" for question in questions)
+    judge = subprocess.run(
+        command, input=lines, stdout=subprocess.PIPE, text=True, timeout=timeout, check=False
+    )
+    return [json.loads(line) for line in judge.stdout.splitlines()]
+
+
+def test_one_line_an_answer_and_an_end():
+    replies = talk(
+        {"gold": "5", "answer": "4+1"}, {"gold": "5", "answer": "4"}, {"gold": "5", "answer": "\ud800"}
+    )
+    assert replies == [{"ready": True}, {"equal": True}, {"equal": False}, {"equal": False}]
+
+
+def test_without_math_verify_it_says_so():
+    # -S leaves out site-packages.
+    (greeting,) = talk(command=(sys.executable, "-S", *JUDGE_COMMAND[1:]))
+    assert "math_verify" in greeting["error"]
+
+
+def test_a_hanging_answer_ends_an_orphan_too():
+    # Nobody kills this judge: its own alarm must, 2 s after the limit.
+    started = time.monotonic()
+    question = {"gold": "5", "answer": "9^{9^{9^9}}", "timeout_seconds": 0.5}
+    assert talk(question, {"gold": "5", "answer": "4+1"}) == [{"ready": True}]
+    assert time.monotonic() - started < 30
+
+
+def test_it_loads_neither_torch_nor_drift():
+    script = JUDGE_COMMAND[-1]
+    program = (
+        "import runpy, sys; sys.stdin.close(); sys.stdin = iter(())\n"
+        f"runpy.run_path({script!r}, run_name='__main__')\n"
+        "assert not {'torch', 'drift'} & {name.partition('.')[0] for name in sys.modules}"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], cwd=Path(script).parent, check=True, timeout=60)

@@ -1,0 +1,38 @@
+from types import MappingProxyType
+
+import pytest
+
+from drift.contract import ConfigError, Problem
+from drift.tasks import Task
+
+
+class _Spelling(Task):
+    fields = ("word", "spelling")
+    settings = MappingProxyType({"word": "word_field"})
+
+    def problem(self, row):
+        return Problem(prompt=row["word"], answer=row["spelling"])
+
+
+def test_a_whole_row_passes():
+    _Spelling().check({"word": "a", "spelling": "", "more": None}, "data.train (row 3)")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"spelling": "a", "question": "b"},
+            "data.train (row 3) has no field 'word'; it has ['question', 'spelling']: "
+            "set data.task.word_field or correct the data",
+        ),
+        (
+            {"word": "a", "spelling": None},
+            "data.train (row 3) has no field 'spelling'; it is null there: correct the data",
+        ),
+    ],
+)
+def test_a_missing_field_is_named_with_the_fix(row: dict, message: str):
+    with pytest.raises(ConfigError) as caught:
+        _Spelling().check(row, "data.train (row 3)")
+    assert str(caught.value) == message

@@ -1,0 +1,76 @@
+import re
+from collections import Counter
+from fractions import Fraction
+from random import Random
+
+import pytest
+
+from drift.contract import ConfigError
+from drift.tasks import CountdownTask
+
+
+@pytest.mark.parametrize("num_numbers", [2, 3, 4, 6])
+def test_rows_hold_a_solution_with_every_number(num_numbers: int):
+    task = CountdownTask(num_numbers=num_numbers)
+    for index in range(300):
+        row = task.row("train", index)
+        numbers, target, solution = row["numbers"], row["target"], row["solution"]
+        assert len(numbers) == num_numbers
+        assert all(1 <= number <= 20 for number in numbers)
+        assert 1 <= target <= 100
+        assert target not in numbers
+        assert Counter(map(int, re.findall(r"\d+", solution))) == Counter(numbers)
+        exact = re.sub(r"\d+", lambda digits: f"Fraction({digits[0]})", solution)
+        assert eval(exact, {"Fraction": Fraction}) == target
+        assert task.reward([solution], [task.problem(row)]).item() == 1.0
+
+
+def test_every_operation_occurs():
+    task = CountdownTask()
+    text = "".join(task.row("train", index)["solution"] for index in range(300))
+    assert set("+-*/()") <= set(text)
+
+
+def test_the_problem_of_a_row():
+    row = {"numbers": [3, 4, 5], "target": 35, "solution": "(3+4)*5"}
+    problem = CountdownTask().problem(row)
+    assert problem.prompt == (
+        "Use each of the numbers 3, 4, 5 at most once with + - * / to make 35. Write the expression only."
+    )
+    assert problem.answer == problem.demonstration == "(3+4)*5"
+    assert problem.row == row
+    short = CountdownTask(prompt="\\boxed{}: {numbers} -> {target}")
+    assert short.problem(row).prompt == "\\boxed{}: 3, 4, 5 -> 35"
+
+
+def test_the_order_of_the_numbers_is_no_other_puzzle():
+    task = CountdownTask()
+    one, other = {"numbers": [3, 10, 5], "target": 7}, {"numbers": [10, 5, 3], "target": 7}
+    assert task.canonical(one) == task.canonical(other)
+    assert task.canonical(one) != task.canonical({"numbers": [3, 10, 5], "target": 8})
+    assert task.canonical(one) != task.canonical({"numbers": [3, 1, 5], "target": 7})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_numbers": 1}, "num_numbers=1 "),
+        ({"num_numbers": 7}, "num_numbers=7 "),
+        ({"max_number": 1}, "max_number=1 "),
+        ({"max_target": 0}, "max_target=0 "),
+        ({"prompt": "make {target}"}, "must contain {numbers}"),
+        ({"prompt": "use {numbers}"}, "must contain {numbers} and {target}"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        CountdownTask(**settings)
+
+
+def test_a_target_that_is_never_met_is_an_error():
+    # Two numbers of 1 or 2 reach 1 only as 1 * 1, 1 / 1, 2 / 2 or 2 - 1: 2 / 2 alone lacks a 1.
+    task = CountdownTask(num_numbers=2, max_number=2, max_target=1)
+    assert task.generate(Random(0)) == {"numbers": [2, 2], "target": 1, "solution": "2/2"}
+    task.max_target = 0
+    with pytest.raises(ConfigError, match="max_target=0 is hardly ever met"):
+        task.generate(Random(0))
