@@ -39,7 +39,9 @@ class CheckpointCallback(ModelCheckpoint):
         )
         self.every = every
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Writes `last.ckpt` where it is due."""
         if trainer.global_step % self.every == 0:
             self._write_last(trainer)

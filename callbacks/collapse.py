@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from drift.contract import ConfigError
 
@@ -47,7 +47,9 @@ class CollapseCallback(Callback):
         self.best = None if state_dict["best"] is None else tuple(state_dict["best"])
         self.warned = state_dict["warned"]
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Looks at the step's reward and timesteps."""
         metrics = trainer.callback_metrics
         if "reward/mean" not in metrics or "rollout/timesteps" not in metrics:

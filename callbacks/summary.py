@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 _EDGE = 5  # steps that the first and the last figure of a column are averaged over
 
@@ -34,7 +34,9 @@ class SummaryCallback(Callback):
         self.start = time.perf_counter()
         self.first_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Keeps the step's figures."""
         for name, values in self.history.items():
             if name in trainer.callback_metrics:

@@ -51,6 +51,12 @@ _SHORT_NAMES = {
 }
 
 
+# How jsonargparse and argparse name a key that they don't know.
+_UNKNOWN_KEY = re.compile(
+    r"(?:(?:does not accept option|Option|Key|key|group) ['\"]|nrecognized arguments: --)([\w.]+)"
+)
+
+
 class DriftParser(LightningArgumentParser):
     """A parser whose errors are one line, and name the nearest key where one is unknown."""
 
@@ -59,12 +65,7 @@ class DriftParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        unknown = re.search(
-            r"(?:Option|Key|key|group) ['\"]?([\w.]+)['\"]? (?:is not accepted|is not expected)", message
-        )
-        unknown = unknown or re.search(
-            r"(?:Unrecognized arguments|unrecognized arguments): --([\w.]+)", message
-        )
+        unknown = _UNKNOWN_KEY.search(message)
         hint = _nearest(unknown.group(1), _keys(parser)) if unknown else ""
         sys.exit(f"drift: error: {message.strip()}{hint}")
 
@@ -110,10 +111,20 @@ def run(arguments: Sequence[str]) -> None:
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
         )
-    except ConfigError as error:
-        sys.exit(f"drift: error: {error}")
     except SampleError as error:
         sys.exit(f"drift: stopped: {error}")
+    except ValueError as error:
+        found = _config_error(error)
+        if found is None:
+            raise
+        sys.exit(f"drift: error: {found}")
+
+
+def _config_error(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError behind an error: jsonargparse wraps what a class in a Union raises."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__
+    return error
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -166,7 +166,6 @@ def _token_share(
             num_kept = kept_per_slot(kept, batch)
         share = batch.weight / (batch.num_slots * num_kept.clamp(min=1)[batch.slot])
     else:
-        if num_rows is None:
-            num_rows = batch.row.unique().numel()
-        share = batch.weight * batch.row_share / (kept.sum(dim=1).clamp(min=1) * num_rows)
+        rows = batch.row.unique().numel() if num_rows is None else num_rows
+        share = batch.weight * batch.row_share / (kept.sum(dim=1).clamp(min=1) * rows)
     return share[:, None].expand_as(kept)[kept]

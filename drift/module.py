@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from drift.advantages import group_advantages, select_groups
 from drift.contract import (
@@ -99,7 +100,7 @@ class RLDFModule(PolicyModule):
     def on_fit_start(self) -> None:
         """Moves the reference to the policy's device: Lightning doesn't know it."""
         if self.reference is not None:
-            self.reference.to(self.device)
+            nn.Module.to(self.reference, self.device)
 
     def needs_rollout(self, batch: PromptBatch) -> bool:
         """Whether the batch is to be rolled out: not again for the further updates of the rollout at hand."""
@@ -279,7 +280,7 @@ class RLDFModule(PolicyModule):
         self.log("update/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
 
 
-def _overwrite(parameters: list[Tensor], values: list[Tensor]) -> None:
+def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     # In place: sharded parameters must keep their storage.
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)

@@ -195,7 +195,7 @@ class PromptDataModule(LightningDataModule):
             )
         return self.task
 
-    def _checked(self, rows: Iterable[Mapping[str, Any]], where: str) -> Sequence[Mapping[str, Any]]:
+    def _checked(self, rows: Any, where: str) -> Any:
         """The rows, every one seen to be usable: a faulty one must not stop a run that has been training for hours."""
         short = []
         for number, row in enumerate(rows):
@@ -208,11 +208,11 @@ class PromptDataModule(LightningDataModule):
                 f"{where}: none of the rows has a prompt of at most data.max_prompt_length "
                 f"({self.max_prompt_length}) tokens; raise it"
             )
-        return rows.select(short) if isinstance(rows, Dataset) else [row for row in rows]
+        keep = set(short)
+        return rows.select(short) if isinstance(rows, Dataset) else [row for number, row in enumerate(rows) if number in keep]
 
     def _is_short(self, row: Mapping[str, Any]) -> bool:
-        text = self.template.render(self.task.problem(row))
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) <= self.max_prompt_length
+        return self.template.num_tokens(self.task.problem(row)) <= self.max_prompt_length
 
     def _collate(self, split: str, demonstration_length: int | None = None) -> Any:
         source = self.sources[split]

@@ -43,7 +43,7 @@ class PromptTemplate:
         Raises:
             ConfigError: where the prompt is empty, too long, or holds the mask token.
         """
-        ids: list[int] = self.tokenizer(self.render(problem), add_special_tokens=False)["input_ids"]
+        ids = self._ids(self.render(problem))
         if not ids:
             raise ConfigError(f"{where}: its prompt is empty; correct the data, or drop the row")
         if len(ids) > self.max_length:
@@ -73,9 +73,18 @@ class PromptTemplate:
             raise ConfigError(
                 f"{where}: it has no demonstration; choose a task that has, or unset demonstration_length"
             )
-        ids: list[int] = self.tokenizer(problem.demonstration, add_special_tokens=False)["input_ids"]
+        ids = self._ids(problem.demonstration)
         if len(ids) > length:
             raise ConfigError(
                 f"{where}: its demonstration has {len(ids)} tokens, data.demonstration_length is {length}; raise it"
             )
-        return ids + [self.tokenizer.pad_token_id] * (length - len(ids))
+        pad = self.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return ids + [pad] * (length - len(ids))
+
+    def num_tokens(self, problem: Problem) -> int:
+        """Length of the rendered prompt, tokens."""
+        return len(self._ids(self.render(problem)))
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]

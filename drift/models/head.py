@@ -17,7 +17,7 @@ class VocabHead(nn.Linear):
     Everything that needs its weight runs inside its own `forward`: a sharded head is gathered there and nowhere else.
     """
 
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, hidden: Tensor, reduce: Reduce | None = None, *rows: Tensor, chunk_size: int | None = None
     ) -> Tensor | tuple[Tensor, ...]:
         """Logits, or what `reduce` makes of them.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
@@ -93,13 +94,16 @@ def load_policy(
     folder = resolve_folder(path, key)
     family = FAMILIES[read_config(folder, key)["model_type"]]
     if random_init:
-        return family(family.config_class.from_pretrained(folder)).to(dtype).train()
+        config: Any = family.config_class
+        policy = family(config.from_pretrained(folder)).train()
+        nn.Module.to(policy, dtype)  # in place; transformers' own `to` is wrapped beyond the type checker's sight
+        return policy
     if not any(folder.glob("*.safetensors")):
         found = sorted(p.name for p in folder.iterdir())
         raise ConfigError(f"{key} is {str(folder)!r}: it has no *.safetensors weights, only {found}")
     transformers_logging.disable_progress_bar()
     try:
-        policy, report = family.from_pretrained(
+        loaded: Any = family.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
@@ -112,6 +116,7 @@ def load_policy(
             f"{key} is {str(folder)!r}: its safetensors cannot be read ({error}); the file is damaged or cut short: "
             "copy or download it again"
         ) from error
+    policy, report = loaded
     _require_complete(folder, report, key)
     return policy.train()
 

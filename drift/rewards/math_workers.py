@@ -32,7 +32,6 @@ class JudgeProcess:
         self.timeout_seconds = timeout_seconds
         self.command = list(command)
         self._process: subprocess.Popen[bytes] | None = None
-        self._owner = 0
         self._num_questions = 0
 
     def ask(self, gold: str, answer: str) -> bool:
@@ -62,8 +61,7 @@ class JudgeProcess:
     def kill(self) -> None:
         """Ends the process, if there is one; the next question starts another."""
         process, self._process = self._process, None
-        # A forked child must leave its parent's judge alone.
-        if process is None or self._owner != os.getpid():
+        if process is None:
             return
         process.kill()
         process.wait()
@@ -75,14 +73,14 @@ class JudgeProcess:
 
     def _running(self) -> subprocess.Popen[bytes] | None:
         process = self._process
-        return process if process and self._owner == os.getpid() and process.poll() is None else None
+        return process if process and process.poll() is None else None
 
     def _start(self) -> subprocess.Popen[bytes]:
         self.kill()
         self._process = process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
-        self._owner, self._num_questions = os.getpid(), 0
+        self._num_questions = 0
         greeting = _read_message(process, _STARTUP_SECONDS) or {"error": "it said nothing"}
         if "error" in greeting:
             self.kill()

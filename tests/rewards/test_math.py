@@ -117,6 +117,8 @@ def test_identical_strings_need_no_judge(monkeypatch: pytest.MonkeyPatch):
     pairs = [("odd $ thing", r"\boxed{ odd $ thing }"), ("1", r"\boxed{2}"), ("1", r"\boxed{2}"), ("1", "1")]
     assert judge(reward, pairs) == [1.0, 1.0, 1.0, 0.0]
     assert asked == [("1", "2")]  # and equal pairs only one
+    assert judge(reward, [("1", "\\boxed{" + "1+0" * 500 + "}")]) == [0.0]
+    assert len(asked) == 1  # too long to be an answer
 
 
 def test_an_answer_that_hangs_costs_itself_only():

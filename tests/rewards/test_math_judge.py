@@ -3,6 +3,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
@@ -44,6 +45,21 @@ def test_one_line_an_answer_and_an_end():
         {"gold": "5", "answer": "4+1"}, {"gold": "5", "answer": "4"}, {"gold": "5", "answer": "\ud800"}
     )
     assert replies == [{"ready": True}, {"equal": True}, {"equal": False}, {"equal": False}]
+
+
+def test_what_libraries_print_or_raise_stays_out_of_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_in = """
+        print("loading")
+        LatexExtractionConfig = object
+        parse = lambda text, *_, **settings: print("parsing") or text
+        verify = lambda gold, answer, **settings: {"$1$": True, "$good$": True, "$bad$": False}[answer]
+    """
+    (tmp_path / "math_verify.py").write_text(dedent(stand_in))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    replies = talk(*({"gold": "", "answer": answer} for answer in ("good", "raises KeyError", "bad", "good")))
+    assert replies == [{"ready": True}] + [{"equal": equal} for equal in (True, False, False, True)]
 
 
 def test_without_math_verify_it_says_so():

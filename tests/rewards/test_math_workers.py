@@ -104,6 +104,16 @@ def test_a_worn_judge_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     worker.kill()
 
 
+def test_the_memory_of_a_judge_is_limited():
+    resource = pytest.importorskip("resource")
+    if not hasattr(resource, "prlimit"):
+        pytest.skip("only Linux tells the limits of another process")
+    worker = JudgeProcess(5.0)
+    assert worker.ask("5", "4+1")
+    assert resource.prlimit(pid_of(worker), resource.RLIMIT_AS) == (2 * 1024**3, 2 * 1024**3)
+    worker.kill()
+
+
 def test_starting_does_not_count_against_the_limit(tmp_path: Path):
     slow_start = "import time; time.sleep(1.0)" + textwrap.dedent(OBEDIENT)
     worker = JudgeProcess(0.5, command(tmp_path, slow_start))
@@ -114,7 +124,8 @@ def test_starting_does_not_count_against_the_limit(tmp_path: Path):
 def test_judges_start_when_needed_and_work_side_by_side(tmp_path: Path):
     pool = JudgePool(3, 5.0, command(tmp_path, OBEDIENT))
     assert [worker._process for worker in pool._workers] == [None] * 3
-    assert pool.judge([("yes", "")]) == [True]
+    for _ in range(4):
+        assert pool.judge([("yes", "")]) == [True]
     assert sum(worker._process is not None for worker in pool._workers) == 1
     pool.judge([("yes", "slow")] * 3)
     assert sum(worker._process is not None for worker in pool._workers) == 3
@@ -150,15 +161,17 @@ def test_close_and_collection_end_the_judges(tmp_path: Path):
     assert not is_running(second)
 
 
-def test_a_forked_child_leaves_the_judges_alone(tmp_path: Path):
+def test_a_forked_child_has_a_judge_of_its_own(tmp_path: Path):
     worker = JudgeProcess(5.0, command(tmp_path, OBEDIENT))
     worker.ask("yes", "")
     before = pid_of(worker)
     child = os.fork()
     if not child:
+        answer = worker.ask("yes", "")
+        own = pid_of(worker) != before
         worker.kill()
-        os._exit(0)
-    os.waitpid(child, 0)
+        os._exit(0 if answer and own else 1)
+    assert os.waitpid(child, 0)[1] == 0
     assert is_running(before)
     assert worker.ask("yes", "")
     assert pid_of(worker) == before
