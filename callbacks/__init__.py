@@ -4,6 +4,7 @@ from drift.callbacks.checkpoint import CheckpointCallback
 from drift.callbacks.collapse import CollapseCallback
 from drift.callbacks.export import ExportCallback
 from drift.callbacks.feedback import FeedbackCallback
+from drift.callbacks.predictions import PredictionCallback
 from drift.callbacks.progress import ProgressCallback
 from drift.callbacks.rescue import RescueCallback
 from drift.callbacks.rollout import RolloutCallback
@@ -15,6 +16,7 @@ __all__ = [
     "CollapseCallback",
     "ExportCallback",
     "FeedbackCallback",
+    "PredictionCallback",
     "ProgressCallback",
     "RescueCallback",
     "RolloutCallback",

@@ -34,7 +34,7 @@ class ProgressCallback(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Starts the bar where training is, after a resume too."""
         super().on_train_epoch_start(trainer)
-        self.train_progress_bar.initial = trainer.global_step
+        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
         self.train_progress_bar.set_description("step")
 
     def get_metrics(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from drift.contract import SampleError
@@ -19,7 +20,7 @@ class RescueCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Saves, and says where."""
-        if not trainer.training or not isinstance(exception, Exception):
+        if trainer.state.fn != TrainerFn.FITTING or not isinstance(exception, Exception):
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)

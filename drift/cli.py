@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from importlib.resources import files
@@ -20,6 +22,7 @@ from drift.callbacks import (
     CollapseCallback,
     ExportCallback,
     FeedbackCallback,
+    PredictionCallback,
     ProgressCallback,
     RescueCallback,
     RolloutCallback,
@@ -41,6 +44,7 @@ _CALLBACKS = {
     "rescue": RescueCallback,
     "summary": SummaryCallback,
     "export": ExportCallback,
+    "predictions": PredictionCallback,
     "checkpoint": CheckpointCallback,
 }
 # Settings that take a class: its short name and what it may leave out (`Uniform` for `UniformSampler`).
@@ -55,6 +59,19 @@ _SHORT_NAMES = {
 _UNKNOWN_KEY = re.compile(
     r"(?:(?:does not accept option|Option|Key|key|group) ['\"]|nrecognized arguments: --)([\w.]+)"
 )
+
+
+# What Lightning says of things that are as they should be here.
+_HARMLESS = (
+    r".*does not have many workers",
+    r".*`IterableDataset` has `__len__` defined",
+    r".*You have overridden `on_after_batch_transfer` in `LightningModule`",
+    r".*The dirpath has changed from",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r".*no pre-optimization state was saved",
+    r".*Checkpoint directory .* exists and is not empty",
+)
+_CHATTER = ("Tip:", "TPU available", "GPU available", "`weights_only` was not set", "Seed set to")
 
 
 class DriftParser(LightningArgumentParser):
@@ -98,6 +115,9 @@ def run(arguments: Sequence[str]) -> None:
         arguments: the command and what follows it, as on the command line.
     """
     command, *rest = arguments
+    for message in _HARMLESS:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
     module: type[PolicyModule] = SFTModule if command == "sft" else RLDFModule
     method = "fit" if command == "sft" else command
     try:
@@ -120,6 +140,10 @@ def run(arguments: Sequence[str]) -> None:
         sys.exit(f"drift: error: {found}")
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    return not any(part in record.getMessage() for part in _CHATTER)
+
+
 def _config_error(error: BaseException | None) -> ConfigError | None:
     """The ConfigError behind an error: jsonargparse wraps what a class in a Union raises."""
     while error is not None and not isinstance(error, ConfigError):
@@ -137,7 +161,9 @@ def shipped_configs() -> dict[str, Path]:
 
 def _parser_settings(command: str) -> dict[str, Any]:
     shipped = shipped_configs()
-    defaults = [str(shipped["base"])] + [str(shipped["evaluate"])] * (command in ("validate", "test"))
+    # What only some commands take cannot stand in the base.
+    extra = {"validate": "evaluate", "test": "evaluate", "predict": "predict"}.get(command)
+    defaults = [str(shipped[name]) for name in ("base", extra) if name is not None]
     return {
         "usage": f"drift {command} [--config NAME_OR_FILE ...] [--KEY VALUE ...]",
         "default_config_files": defaults,

@@ -1,7 +1,13 @@
 """What every test shares: no network, few threads, and the reference data beside the repository."""
 
+from __future__ import annotations
+
+import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 # Before torch or a Hugging Face library is imported, and inherited by every process that a test starts.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +15,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
+
+if TYPE_CHECKING:
+    from drift.models import LLaDA
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,3 +40,77 @@ def shared() -> Path:
 def golden() -> Path:
     """The folder of golden tensors; skips where it is absent."""
     return _beside("shared/golden")
+
+
+@pytest.fixture(scope="session")
+def oracle() -> ModuleType:
+    """tests/oracle.py: the method in plain loops. Importlib mode doesn't put tests/ on the path."""
+    spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., LLaDA]:
+    """Makes small random policies (padding 0, mask 1), sharp enough to be sure of some tokens and unsure of others.
+
+    `favour` {token: amount} adds about amount / 50 to the token's logit everywhere: the residual stream's dimension 0
+    is made constant, so that column 0 of the head is a bias.
+    """
+    from drift.models import LLaDA, LLaDAConfig
+
+    def make(seed: int = 0, favour: dict[int, float] | None = None, **changes: object) -> LLaDA:
+        settings = {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "mlp_hidden_size": 64,
+            "vocab_size": 48,
+            "max_sequence_length": 128,
+            "mask_token_id": 1,
+            "pad_token_id": 0,
+            "eos_token_id": 0,
+            "init_std": 0.5,
+        }
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            policy = LLaDA(LLaDAConfig(**settings | changes)).eval()
+            if favour is not None:
+                policy.get_input_embeddings().weight[:, 0] = 2.0
+                policy.head.weight[:, 0] = 0.0
+                for block in policy.blocks:
+                    block.attn_out.weight[0] = block.ff_out.weight[0] = 0.0
+                for token, amount in favour.items():
+                    policy.head.weight[token, 0] = amount
+        return policy
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def policy(make_policy: Callable[..., LLaDA]) -> LLaDA:
+    """A small random policy; don't change it."""
+    return make_policy()
+
+
+@pytest.fixture(scope="session")
+def ending_policy(make_policy: Callable[..., LLaDA]) -> LLaDA:
+    """A small random policy that likes padding: some rows of a rollout end early. Don't change it."""
+    return make_policy(favour={0: 100.0})
+
+
+@pytest.fixture(scope="session")
+def make_prompts() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Makes left-padded prompts of the given lengths, [N,P] ids and mask; what stands at the padding is random."""
+
+    def make(*lengths: int, width: int | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        width = width or max(lengths)
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(2, 48, (len(lengths), width), generator=generator)
+        mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+        return ids, mask
+
+    return make

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
@@ -176,13 +176,15 @@ class PromptDataModule(LightningDataModule):
             if self.long_prompts == "drop":
                 rows = rows.filter(self._is_short)
             return StreamedRows(rows.shuffle(seed=self.seed, buffer_size=10_000) if self.shuffle else rows)
-        return ShuffledRows(self._checked(rows, f"data.train ({source.path}) row"), self.seed, self.shuffle)
+        checked = self._checked(rows, f"data.train ({source.path}) row", self.demonstration_length)
+        return ShuffledRows(checked, self.seed, self.shuffle)
 
     def _evaluation_rows(self, split: str, *, needed: bool) -> Sequence[Mapping[str, Any]]:
         source = self.sources[split]
         if source is not None:
             rows = load_rows(source, self.task, f"data.{split}")
-            return self._checked(rows, f"data.{split} ({source.path}) row")
+            whole = Dataset.from_list(list(rows)) if isinstance(rows, StreamingDataset) else rows
+            return self._checked(whole, f"data.{split} ({source.path}) row")
         if needed or isinstance(self.task, ProceduralTask):
             return self._procedural(split).rows(split, self.num_rows[split])
         return []
@@ -195,21 +197,23 @@ class PromptDataModule(LightningDataModule):
             )
         return self.task
 
-    def _checked(self, rows: Any, where: str) -> Any:
-        """The rows, every one seen to be usable: a faulty one must not stop a run that has been training for hours."""
-        short = []
+    def _checked(self, rows: Dataset, where: str, demonstration_length: int | None = None) -> Any:
+        """The rows whose prompts fit, all of them seen: one that doesn't must not stop a run that trained for hours."""
+        usable = []
         for number, row in enumerate(rows):
-            self.task.check(row, f"{where} {number}")
-            if self.long_prompts == "error" or self._is_short(row):
-                self.template.encode(self.task.problem(row), f"{where} {number}")
-                short.append(number)
-        if not short:
+            problem = self.task.problem(cast("Mapping[str, Any]", row))
+            if self.long_prompts == "drop" and self.template.num_tokens(problem) > self.max_prompt_length:
+                continue
+            self.template.encode(problem, f"{where} {number}")
+            if demonstration_length is not None:
+                self.template.encode_demonstration(problem, demonstration_length, f"{where} {number}")
+            usable.append(number)
+        if not usable:
             raise ConfigError(
                 f"{where}: none of the rows has a prompt of at most data.max_prompt_length "
                 f"({self.max_prompt_length}) tokens; raise it"
             )
-        keep = set(short)
-        return rows.select(short) if isinstance(rows, Dataset) else [row for number, row in enumerate(rows) if number in keep]
+        return rows.select(usable)
 
     def _is_short(self, row: Mapping[str, Any]) -> bool:
         return self.template.num_tokens(self.task.problem(row)) <= self.max_prompt_length

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -96,7 +96,9 @@ def load_policy(
     if random_init:
         config: Any = family.config_class
         policy = family(config.from_pretrained(folder)).train()
-        nn.Module.to(policy, dtype)  # in place; transformers' own `to` is wrapped beyond the type checker's sight
+        nn.Module.to(
+            policy, dtype
+        )  # in place; transformers' own `to` is wrapped beyond the type checker's sight
         return policy
     if not any(folder.glob("*.safetensors")):
         found = sorted(p.name for p in folder.iterdir())

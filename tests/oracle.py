@@ -1,0 +1,172 @@
+"""The method in plain loops, slow and easy to check by eye: what the fast code is compared with.
+
+Nothing here comes from the stages that it checks. Numbers that carry a gradient are 0-dimensional tensors.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def noisy_state(
+    completion: list[int], step_map: list[int], timestep: int, mask_token_id: int
+) -> tuple[list[int], list[bool], list[bool]]:
+    """What the policy saw at a timestep: (completion with masks, masked, current)."""
+    state, masked, current = [], [], []
+    for token, committed_at in zip(completion, step_map, strict=True):
+        again = committed_at >= timestep
+        state.append(mask_token_id if again else token)
+        masked.append(again)
+        current.append(committed_at == timestep)
+    return state, masked, current
+
+
+def timestep_weights(step_map: list[int], valid: list[bool], probs: list[float]) -> dict[int, float]:
+    """-mean log probability of the valid tokens of every timestep that committed one."""
+    surprises: dict[int, list[float]] = {}
+    for timestep, good, prob in zip(step_map, valid, probs, strict=True):
+        if good:
+            surprises.setdefault(timestep, []).append(-math.log(prob))
+    return {timestep: sum(values) / len(values) for timestep, values in sorted(surprises.items())}
+
+
+def inclusion_probabilities(weights: dict[int, float], temperature: float, k: int) -> dict[int, float]:
+    """Probability that each timestep is among k successive draws without replacement, by walking every order."""
+    mass = {timestep: math.exp(weight / temperature) for timestep, weight in weights.items()}
+    included = dict.fromkeys(weights, 0.0)
+
+    def walk(left: dict[int, float], chosen: list[int], probability: float) -> None:
+        if len(chosen) == k or not left:
+            for timestep in chosen:
+                included[timestep] += probability
+            return
+        total = sum(left.values())
+        for timestep, share in left.items():
+            rest = {other: value for other, value in left.items() if other != timestep}
+            walk(rest, [*chosen, timestep], probability * share / total)
+
+    walk(mass, [], 1.0)
+    return included
+
+
+def score_state(
+    policy: torch.nn.Module, prompt: list[int], state: list[int], completion: list[int]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Log-probability of every clean token and entropy at every position, from an unpadded pass over one row."""
+    logits = policy.logits(torch.tensor([prompt + state]))[0, len(prompt) :].double()
+    logps, entropies = [], []
+    for position, token in enumerate(completion):
+        legal = [v for v in range(logits.shape[1]) if v != policy.mask_token_id]
+        total = sum(torch.exp(logits[position, v]) for v in legal)
+        logps.append(logits[position, token] - torch.log(total))
+        entropy = torch.zeros((), dtype=torch.float64)
+        for v in legal:
+            log_prob = logits[position, v] - torch.log(total)
+            entropy = entropy - torch.exp(log_prob) * log_prob
+        entropies.append(entropy)
+    return logps, entropies
+
+
+def kl_term(logp: Tensor, reference: Tensor, kind: str) -> Tensor:
+    """Estimate of the KL to the reference at one token."""
+    d = reference - logp
+    return {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - 1 - d}[kind]
+
+
+def is_kept(masked: bool, valid: bool, current: bool, feedback: float, tau: float) -> bool:
+    """Whether a token belongs to the clipped clean state."""
+    return masked and valid and (math.exp(feedback) >= tau or current)
+
+
+def loss(
+    *,
+    logp: Tensor,
+    masked: Tensor,
+    current: Tensor,
+    valid: Tensor,
+    weight: Tensor,
+    advantages: Tensor,
+    tau: float,
+    beta: float,
+    kl: str,
+    eps_low: float,
+    eps_high: float,
+    entropy_coeff: float,
+    normalisation: str,
+    old: Tensor | None = None,
+    reference: Tensor | None = None,
+    entropy: Tensor | None = None,
+    reference_entropy: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The loss of a plan and its parts; [K,N,C] tensors, valid [N,C], weight [K,N] (0 or 1), advantages [N]."""
+    num_slots, num_rows, length = logp.shape
+    sums: dict[tuple[int, int], dict[str, Tensor]] = {}  # (slot, row) -> sums over its kept tokens
+    counts: dict[tuple[int, int], int] = {}
+    for k in range(num_slots):
+        for n in range(num_rows):
+            if weight[k, n] == 0:
+                continue
+            here = {
+                name: torch.zeros(()) for name in ("loss", "policy", "kl", "entropy", "ratio", "clip_fraction")
+            }
+            counts[k, n] = 0
+            for c in range(length):
+                feedback = float((logp if old is None else old)[k, n, c])
+                if not is_kept(bool(masked[k, n, c]), bool(valid[n, c]), bool(current[k, n, c]), feedback, tau):
+                    continue
+                counts[k, n] += 1
+                advantage = float(advantages[n])
+                if old is None:
+                    term, ratio, clipped = -advantage * logp[k, n, c], torch.ones(()), False
+                else:
+                    ratio = torch.exp(logp[k, n, c] - old[k, n, c])
+                    term, clipped = -ratio * advantage, False
+                    if advantage > 0 and ratio > 1 + eps_high:
+                        term, clipped = torch.tensor(-(1 + eps_high) * advantage), True
+                    if advantage < 0 and ratio < 1 - eps_low:
+                        term, clipped = torch.tensor(-(1 - eps_low) * advantage), True
+                here["policy"] = here["policy"] + term
+                here["ratio"] = here["ratio"] + ratio
+                here["clip_fraction"] = here["clip_fraction"] + float(clipped)
+                here["loss"] = here["loss"] + term
+                if reference is not None:
+                    divergence = kl_term(logp[k, n, c], reference[k, n, c], kl)
+                    here["kl"] = here["kl"] + divergence
+                    here["loss"] = here["loss"] + beta * divergence
+                if entropy is not None:
+                    here["entropy"] = here["entropy"] + entropy[k, n, c]
+                    apart = entropy[k, n, c]
+                    if reference_entropy is not None:
+                        apart = abs(reference_entropy[k, n, c] - entropy[k, n, c])
+                    here["loss"] = here["loss"] + entropy_coeff * apart
+            sums[k, n] = here
+    reduce = _per_token if normalisation == "token" else _per_row
+    names = ("loss", "policy", "kl", "entropy", "ratio", "clip_fraction")
+    return {name: reduce({at: here[name] for at, here in sums.items()}, counts, num_slots) for name in names}
+
+
+def _per_token(
+    sums: dict[tuple[int, int], Tensor], counts: dict[tuple[int, int], int], num_slots: int
+) -> Tensor:
+    """Sum over kept / number kept in every slot, then the mean over slots."""
+    total = torch.zeros(())
+    for k in range(num_slots):
+        kept = sum(count for (slot, _), count in counts.items() if slot == k)
+        for (slot, _), value in sums.items():
+            if slot == k:
+                total = total + value / max(kept, 1) / num_slots
+    return total
+
+
+def _per_row(sums: dict[tuple[int, int], Tensor], counts: dict[tuple[int, int], int], _: int) -> Tensor:
+    """Mean over each noisy state's kept tokens, then over the row's noisy states, then over the rows that have any."""
+    rows = sorted({n for _, n in sums})
+    total = torch.zeros(())
+    for row in rows:
+        states = [at for at in sums if at[1] == row]
+        for at in states:
+            total = total + sums[at] / max(counts[at], 1) / len(states) / len(rows)
+    return total
