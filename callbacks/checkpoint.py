@@ -12,7 +12,7 @@ from drift.contract import ConfigError
 
 
 class CheckpointCallback(ModelCheckpoint):
-    """Writes `best.ckpt` after each validation that beats the earlier ones, and `last.ckpt` as training goes on.
+    """Writes `best.ckpt` after a validation that beats the earlier ones, and `last.ckpt` as training goes on.
 
     Args:
         every: optimizer steps between two writings of `last.ckpt`, >= 1; it is also written at the end.

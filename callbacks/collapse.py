@@ -12,7 +12,7 @@ from drift.contract import ConfigError
 
 
 class CollapseCallback(Callback):
-    """Compares the latest steps with the best ones: reward and timesteps per answer falling together are a collapse.
+    """Compares the latest steps with the best: a collapse is a fall of both reward and timesteps per answer.
 
     Args:
         window: steps that are averaged, >= 1.
@@ -79,8 +79,8 @@ class CollapseCallback(Callback):
             return None
         self.warned = True
         return (
-            f"over the last {self.window} steps the mean reward fell from {self.best[0]:.2f} to {now[0]:.2f} and the "
-            f"timesteps per answer from {self.best[1]:.1f} to {now[1]:.1f}: the policy commits more tokens at once than it "
-            "can get right (over-confident collapse); lower model.optimizer.lr, raise model.loss.beta, or go back to the "
-            "best checkpoint"
+            f"over the last {self.window} steps the mean reward fell from {self.best[0]:.2f} to {now[0]:.2f} "
+            f"and the timesteps per answer from {self.best[1]:.1f} to {now[1]:.1f}: the policy commits more "
+            "tokens at once than it can get right (over-confident collapse); lower model.optimizer.lr, raise "
+            "model.loss.beta, or go back to the best checkpoint"
         )

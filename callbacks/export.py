@@ -12,7 +12,7 @@ from drift.policy_module import PolicyModule
 
 
 class ExportCallback(Callback):
-    """At the end of training, writes weights, configuration and tokenizer to a folder that `model.policy` can name.
+    """At the end of training, writes weights, configuration and tokenizer to a folder for `model.policy`.
 
     Args:
         folder: where to; None: nothing is written.

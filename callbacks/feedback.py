@@ -11,10 +11,10 @@ from drift.module import RLDFModule
 
 
 class FeedbackCallback(Callback):
-    """Between the updates of one rollout, replaces `token_probs` by what the model now gives to the same tokens.
+    """Between the updates of one rollout, replaces `token_probs` by what the model now gives those tokens.
 
-    The probabilities come from the update's own forward passes and cost nothing; timesteps that the update did not visit
-    keep theirs. They are the weights from which the next update's timesteps are drawn.
+    The probabilities come from the update's own forward passes and cost nothing; timesteps that the update
+    did not visit keep theirs. They are the weights from which the next update's timesteps are drawn.
 
     Args:
         every: updates between two refreshes, >= 1.

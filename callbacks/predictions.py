@@ -16,8 +16,8 @@ class PredictionCallback(Callback):
     """Writes one JSON line an answer: its place, prompt, completion, reward and timesteps.
 
     Args:
-        path: the file; None: `predictions.jsonl` in the run's folder. Each rank above 0 writes a file of its own, with
-            its number before the ending.
+        path: the file; None: `predictions.jsonl` in the run's folder. Each rank above 0 writes a file of its
+            own, with its number before the ending.
     """
 
     def __init__(self, path: str | None = None) -> None:

@@ -13,9 +13,10 @@ from drift.contract import SampleError
 
 
 class RescueCallback(Callback):
-    """On an error in training, saves `rescue.ckpt` in the run's folder, and `rescue.json` where a sample caused it.
+    """On an error in training, saves `rescue.ckpt`, and `rescue.json` where a sample caused it.
 
-    The checkpoint holds the weights of the last finished step: `--ckpt_path` goes on from there.
+    Both go to the run's folder. The checkpoint holds the weights of the last finished step: `--ckpt_path`
+    goes on from there.
     """
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -16,7 +16,7 @@ from drift.tasks import score
 
 
 class RolloutCallback(Callback):
-    """Rolls out every batch of prompts, in training and in evaluation, and has the task's reward judge the answers.
+    """Rolls out every batch, in training and in evaluation, and has the task's reward judge the answers.
 
     Args:
         group_size: completions of a prompt in training, >= 2.
@@ -25,7 +25,8 @@ class RolloutCallback(Callback):
         evaluation: how to decode in validation, test and prediction.
         evaluation_length: positions of a completion there; None: as in training.
         batch_size: rows that are decoded at once on each rank; None: all.
-        seed: of all draws; each is keyed by (seed, the prompt's place in the stream, the completion's place in its group).
+        seed: of all draws; each is keyed by (seed, the prompt's place in the stream, the completion's place
+            in its group).
 
     Raises:
         ConfigError: where a value is outside its range, or lengths don't fit.
@@ -43,7 +44,8 @@ class RolloutCallback(Callback):
     ) -> None:
         if group_size < 2:
             raise ConfigError(
-                f"rollout.group_size is {group_size}: advantages compare completions of one prompt; set it to 2 or more"
+                f"rollout.group_size is {group_size}: advantages compare completions of one prompt; "
+                "set it to 2 or more"
             )
         if batch_size is not None and batch_size < 1:
             raise ConfigError(

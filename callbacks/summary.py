@@ -20,7 +20,7 @@ class SummaryCallback(Callback):
     """Prints a summary of training, and the results of a validation or test, which it also writes as JSON.
 
     Args:
-        path: file of the results of a validation or test; None: `val.json` or `test.json` in the run's folder.
+        path: file of the validation or test results; None: `val.json` or `test.json` in the run's folder.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -62,7 +62,8 @@ class SummaryCallback(Callback):
                 lines.append(f"{name:<18} {change} (first and last {len(first)} steps)")
         if self.accuracy:
             lines.append(
-                f"{'val/accuracy':<18} {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}, best {max(self.accuracy):.3f}"
+                f"{'val/accuracy':<18} {self.accuracy[0]:.3f} -> {self.accuracy[-1]:.3f}, "
+                f"best {max(self.accuracy):.3f}"
             )
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint):

@@ -25,7 +25,7 @@ Reinforcement learning for masked diffusion language models.
 commands:
 {commands}
 
-  drift fit --config quickstart          a shipped config by its name, or a file; several merge, the later one wins
+  drift fit --config quickstart          a shipped config's name, or a file; of several, the later one wins
   drift fit --config quickstart --model.sampler Uniform --model.sampler.k 4
   drift fit --config quickstart --print_config
   drift COMMAND --help                   every setting, with its default

@@ -1,4 +1,4 @@
-"""Group-relative advantages (GRPO, arXiv 2402.03300, eq. of section 4.1.2), and which groups are worth training on."""
+"""Group-relative advantages (GRPO, arXiv 2402.03300, section 4.1.2), and which groups to train on."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
 def select_groups(rewards: Tensor, num_timesteps: Tensor, group_size: int, num_groups: int) -> Tensor:
     """Rows of the groups to train on, in their order.
 
-    Groups whose rewards differ come first; the gap is filled with all-correct groups (equal rewards above 0, highest
-    first), then with all-wrong ones that took most timesteps.
+    Groups whose rewards differ come first; the gap is filled with all-correct groups (equal rewards above 0,
+    highest first), then with all-wrong ones that took most timesteps.
 
     Args:
         rewards: [N] float, groups one after the other.

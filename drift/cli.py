@@ -88,7 +88,7 @@ class DriftParser(LightningArgumentParser):
 
 
 class DriftCLI(LightningCLI):
-    """LightningCLI with drift's callbacks; the command line and the configs set everything, checkpoints nothing."""
+    """LightningCLI with drift's callbacks; command line and configs set everything, checkpoints nothing."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the callbacks, each under its own key."""
@@ -197,8 +197,8 @@ def _config_file(value: str) -> str:
     name = value.removesuffix(".yaml")
     if name not in shipped:
         raise ConfigError(
-            f"--config is {value!r}: there is no such file and no shipped config of that name{_nearest(name, list(shipped))}; "
-            f"shipped: {', '.join(shipped)}"
+            f"--config is {value!r}: there is no such file and no shipped config of that name"
+            f"{_nearest(name, list(shipped))}; shipped: {', '.join(shipped)}"
         )
     return str(shipped[name])
 

@@ -2,8 +2,8 @@
 
 Shape letters, used everywhere in drift:
     B prompts, N rollouts (prompts x group), P prompt length, C completion length, L = P + C,
-    S denoising timesteps of a rollout, K timesteps of a plan, M noisy states (rollout x timestep) of a masked batch,
-    R reward parts, V vocabulary, D width.
+    S denoising timesteps of a rollout, K timesteps of a plan,
+    M noisy states (rollout x timestep) of a masked batch, R reward parts, V vocabulary, D width.
 
 A *timestep* is a denoising step of a rollout, a *step* is an optimizer step.
 """
@@ -53,9 +53,7 @@ class PromptBatch:
     problems: list[Problem]  # [B]
     positions: Tensor  # [B] int64, the prompt's place in its stream or dataset: it keys every random draw
     update: int = 0  # which update of this rollout is due: 0 is the first
-    completion_ids: Tensor | None = (
-        None  # [B,C] int64, demonstrations, right-padded; supervised fine-tuning only
-    )
+    completion_ids: Tensor | None = None  # [B,C] int64, demonstrations, right-padded; fine-tuning only
     rollout: Rollout | None = None  # attached by the rollout callback
 
 
@@ -68,16 +66,10 @@ class Rollout:
     completion_ids: Tensor  # [N,C] int64
     completion_mask: Tensor  # [N,C] bool, True at valid tokens: neither padding nor mask
     step_map: Tensor  # [N,C] int64, the row's own timestep that committed the position; S where never decoded
-    token_probs: Tensor | None = (
-        None  # [N,C] float32, probability of the committed token when it was committed
-    )
-    num_timesteps: Tensor | None = (
-        None  # [N] int64, timesteps of the row that committed something: S of its step_map
-    )
+    token_probs: Tensor | None = None  # [N,C] float32, probability of the token when it was committed
+    num_timesteps: Tensor | None = None  # [N] int64, the row's timesteps that committed something: its S
     num_forwards: int = 0  # forward passes of the policy that the rollout took
-    rewards: Tensor | None = (
-        None  # [N,R] float32, one column a reward part, weighted; their sum is the training reward
-    )
+    rewards: Tensor | None = None  # [N,R] float32, weighted reward parts; their sum is the training reward
     correct: Tensor | None = None  # [N] bool, by the task's own reward
     advantages: Tensor | None = None  # [N] float32
     seeds: Tensor | None = None  # [N] int64, key of every random draw made for the row
@@ -100,7 +92,7 @@ class TimestepPlan:
 
     masked: Tensor  # [K,N,C] bool, positions re-masked in the noisy state, padding included
     current: Tensor  # [K,N,C] bool, positions committed at that very timestep
-    weight: Tensor  # [K,N] float32, weight of the noisy state in the estimate; 0 where the row has no such timestep
+    weight: Tensor  # [K,N] float32, of the noisy state in the estimate; 0 where the row has no such timestep
 
 
 @dataclass(kw_only=True, slots=True)
@@ -148,7 +140,7 @@ class TokenLogProbs:
 
 @dataclass(kw_only=True, slots=True)
 class LossOutput:
-    """The loss of some noisy states; adding up over micro-batches and ranks gives the values of the whole batch."""
+    """The loss of some noisy states; its sums over micro-batches and ranks are the whole batch's."""
 
     loss: Tensor  # [] float32, to be back-propagated
     parts: dict[str, Tensor]  # name -> [] float32, reduced over the kept tokens exactly as the loss is

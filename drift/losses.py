@@ -1,4 +1,4 @@
-"""The RLDF loss at noisy states (arXiv 2605.25638, section 5 of our notation): pure functions of log-probabilities."""
+"""The RLDF loss at noisy states (arXiv 2605.25638): pure functions of log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ class LossConfig:
     """Settings of the policy loss.
 
     Args:
-        tau: clipped clean state: a token not committed at the noisy state's own timestep counts only where its
-            probability is at least tau, in [0, 1]; 0 keeps all.
+        tau: clipped clean state: a token not committed at the noisy state's own timestep counts only where
+            its probability is at least tau, in [0, 1]; 0 keeps all.
         beta: weight of the KL to the reference; 0: no reference is loaded.
         kl: estimator of the KL, k1, k2 or k3 (Schulman, "Approximating KL divergence", 2020).
         eps_low: PPO clip below 1 - eps_low; several updates per rollout only.
         eps_high: PPO clip above 1 + eps_high.
         entropy_coeff: weight of |H_ref - H| (of H without a reference).
-        normalisation: `token` divides by the kept tokens of the whole batch, `sample` by those of each row, then by rows.
+        normalisation: `token` divides by the kept tokens of the whole batch, `sample` by those of
+            each row, then by rows.
 
     Raises:
         ConfigError: where a value is outside its range.
@@ -67,7 +68,7 @@ def kept_tokens(feedback: TokenLogProbs, batch: MaskedBatch, tau: float) -> Tens
     """The clipped clean state: [M,C] bool, the scored tokens that the loss is made of.
 
     Args:
-        feedback: the probabilities that decide, current ones for one update per rollout, old ones for several.
+        feedback: the probabilities that decide: current ones for one update per rollout, else old ones.
         batch: M noisy states.
         tau: least probability of a token that was not committed at the state's own timestep.
     """
@@ -108,8 +109,8 @@ def rldf_loss(
         policy: log-probabilities of the model being trained (with entropy where entropy_coeff is not 0).
         batch: the M noisy states they belong to.
         config: settings.
-        old: log-probabilities at the same noisy states before the first update of this rollout: PPO's clipped ratio. None:
-            there is one update per rollout, REINFORCE.
+        old: log-probabilities at the same noisy states before the first update of this rollout: PPO's
+            clipped ratio. None: there is one update per rollout, REINFORCE.
         reference: those of the frozen reference; None leaves the KL out.
         num_kept: [K] kept tokens per slot of the whole batch; None: these states are the whole batch.
         num_rows: rows of the whole batch; None: these states are the whole batch.

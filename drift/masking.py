@@ -20,8 +20,8 @@ def masked_batch(
         rows: [N] bool, rollouts to take; None: all.
 
     Returns:
-        M noisy states. Positions committed at or after the timestep are masked, padding included, and the rest of the
-        completion is as the policy saw it.
+        M noisy states. Positions committed at or after the timestep are masked, padding included, and the
+        rest of the completion is as the policy saw it.
     """
     real = plan.weight > 0
     if rows is not None:

@@ -14,7 +14,7 @@ _Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
 
 
 def wilson_interval(num_correct: float, num: float) -> tuple[float, float]:
-    """95 % interval of a share (Wilson 1927): unlike the normal one it stays in [0, 1] and works near its ends.
+    """95 % interval of a share (Wilson 1927): unlike the normal one it stays in [0, 1] and works at its ends.
 
     Args:
         num_correct: successes.
@@ -56,7 +56,11 @@ class RolloutMetrics(Metric):
         self.tokens += rollout.completion_mask.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """`accuracy`, `accuracy_low`, `accuracy_high`, `reward`, `timesteps`, `tokens_per_forward` and `num`."""
+        """The figures of all rows seen, by name.
+
+        Returns:
+            `accuracy`, `accuracy_low`, `accuracy_high`, `reward`, `timesteps`, `tokens_per_forward`, `num`.
+        """
         num = self.num.clamp(min=1)
         low, high = wilson_interval(self.num_correct.item(), num.item())
         return {

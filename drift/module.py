@@ -1,4 +1,4 @@
-"""RLDF, Reinforcement Learning from Denoising Feedback (arXiv 2605.25638): `training_step` is the algorithm."""
+"""RLDF, Reinforcement Learning from Denoising Feedback (arXiv 2605.25638): `training_step` is the method."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class RLDFModule(PolicyModule):
 
     Args:
         policy: a Hugging Face folder, the bare name of a policy that comes with drift, or a hub id.
-        reference: the same for the frozen reference of the KL; None: the policy as it was at the start. It is loaded only
-            where loss.beta > 0.
+        reference: the same for the frozen reference of the KL; None: the policy as it was at the start. It is
+            loaded only where loss.beta > 0.
         sampler: which denoising timesteps the policy gradient is estimated from.
         loss: settings of the policy loss.
         optimizer: settings of AdamW.
-        num_updates: optimizer steps taken from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.
-        train_groups: groups of completions to train on, of all that were rolled out, over all ranks; None: all.
+        num_updates: optimizer steps from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.
+        train_groups: groups of completions to train on, of all rolled out, over all ranks; None: all.
         micro_batch_size: noisy states in one forward and backward pass; the result does not depend on it.
         dtype: dtype of the policy's parameters.
 
@@ -81,9 +81,8 @@ class RLDFModule(PolicyModule):
         self.micro_batch_size = micro_batch_size
         self.automatic_optimization = False
         self.learned: Rollout | None = None  # the rows in training, of the rollout at hand
-        self.trained_probs: Tensor | None = (
-            None  # [N,C] what the last update gave to the tokens it scored; 0 elsewhere
-        )
+        # [N,C] what the last update gave to the tokens it scored; 0 elsewhere.
+        self.trained_probs: Tensor | None = None
         self._old_parameters: list[Tensor] = []
         # Not a submodule: no checkpoint keys, no optimizer state, never in train mode.
         object.__setattr__(self, "reference", None)
@@ -112,19 +111,13 @@ class RLDFModule(PolicyModule):
         rollout = self._with_advantages(batch)
         plan = self.sampler.plan(self._keyed(rollout, batch.update))
         noisy = masked_batch(rollout, plan, self.policy.mask_token_id, rows=self._carries_gradient(rollout))
-        parts = (
-            list(torch.arange(len(noisy), device=self.device).split(self.micro_batch_size))
-            if len(noisy)
-            else []
-        )
-        old = self._old_logprobs(noisy, parts, batch.update)
-        policy = self._score(self.policy, noisy) if len(parts) == 1 else None
-        num_kept, num_rows = self._totals(noisy, parts, old or policy)
+        old = self._old_logprobs(noisy, batch.update)
+        num_kept, num_rows = self._totals(noisy, old)
         outputs = []
         self.trained_probs = torch.zeros_like(rollout.completion_ids, dtype=torch.float32)
-        for done, part in enumerate(parts, start=1):
+        for part in self._parts(noisy):
             states = noisy.select(part)
-            policy = policy if policy is not None else self._score(self.policy, states)
+            policy = self._score(self.policy, states)
             reference = self._reference_logprobs(states)
             before = None if old is None else TokenLogProbs(logp=old.logp[part])
             output = rldf_loss(
@@ -136,18 +129,17 @@ class RLDFModule(PolicyModule):
                 num_kept=num_kept,
                 num_rows=num_rows,
             )
-            self._require_finite(output.loss, states, batch)
+            self._require_finite(output.loss, "the loss", batch, states.row)
             # Distributed strategies average gradients; the loss is already the sum over the whole batch.
             self.manual_backward(output.loss * world_size())
             self._keep_feedback(states, policy)
-            self.report("update", done, len(parts))
+            self.report("update", int(part[-1]) + 1, len(noisy))
             outputs.append(output)
-            policy = None
         grad_norm = self._step(batch)
         self._log_update(outputs, noisy, grad_norm, time.perf_counter() - start)
 
     def _with_advantages(self, batch: PromptBatch) -> Rollout:
-        """The rows to train on, with advantages: chosen at the first update of a rollout and kept for the others."""
+        """The rows to train on, with advantages: chosen at a rollout's first update, kept for the others."""
         if batch.update > 0 and self.learned is not None:
             return self.learned
         rollout = require_rollout(batch)
@@ -171,7 +163,7 @@ class RLDFModule(PolicyModule):
         return keyed
 
     def _carries_gradient(self, rollout: Rollout) -> Tensor | None:
-        """[N] bool, rows that move the weights: without KL and entropy, those with an advantage. None: all."""
+        """[N] bool, rows that move the weights: those with an advantage; None: all (KL or entropy is on)."""
         if self.loss.beta > 0 or self.loss.entropy_coeff:
             return None
         assert rollout.advantages is not None
@@ -185,47 +177,51 @@ class RLDFModule(PolicyModule):
     def _reference_logprobs(self, states: MaskedBatch) -> TokenLogProbs | None:
         return None if self.reference is None else self._score(self.reference, states)
 
+    def _parts(self, noisy: MaskedBatch) -> list[Tensor]:
+        """The micro-batches, as indices of noisy states."""
+        states = torch.arange(len(noisy), device=noisy.row.device)
+        return list(states.split(self.micro_batch_size)) if len(noisy) else []
+
+    def _score_all(self, noisy: MaskedBatch) -> TokenLogProbs:
+        parts = [self._score(self.policy, noisy.select(part)).logp for part in self._parts(noisy)]
+        return TokenLogProbs(logp=torch.cat(parts))
+
     @torch.no_grad()
-    def _old_logprobs(self, noisy: MaskedBatch, parts: list[Tensor], update: int) -> TokenLogProbs | None:
+    def _old_logprobs(self, noisy: MaskedBatch, update: int) -> TokenLogProbs | None:
         """Log-probabilities of the weights that made the rollout; None with one update per rollout."""
-        if self.num_updates == 1 or not parts:
+        if self.num_updates == 1 or not len(noisy):
             return None
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if update == 0 or not self._old_parameters:
             self._old_parameters = [p.detach().clone() for p in parameters]
-            return self._score_parts(noisy, parts)
+            return self._score_all(noisy)
         now = [p.detach().clone() for p in parameters]
         try:
             _overwrite(parameters, self._old_parameters)
-            return self._score_parts(noisy, parts)
+            return self._score_all(noisy)
         finally:
             _overwrite(parameters, now)
 
-    def _score_parts(self, noisy: MaskedBatch, parts: list[Tensor]) -> TokenLogProbs:
-        return TokenLogProbs(
-            logp=torch.cat([self._score(self.policy, noisy.select(part)).logp for part in parts])
-        )
-
     @torch.no_grad()
-    def _totals(
-        self, noisy: MaskedBatch, parts: list[Tensor], feedback: TokenLogProbs | None
-    ) -> tuple[Tensor, Tensor]:
+    def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None) -> tuple[Tensor | None, Tensor]:
         """Kept tokens per slot and rows with noisy states, over all micro-batches and ranks."""
         num_rows = sum_over_ranks(torch.tensor(float(noisy.row.unique().numel()), device=self.device))
-        if self.loss.normalisation == "token" and self.loss.tau > 0 and feedback is None and parts:
-            # Which tokens are kept is known only from the probabilities, and how many before the first backward pass.
-            feedback = self._score_parts(noisy, parts)
-        kept = noisy.scored if feedback is None else kept_tokens(feedback, noisy, self.loss.tau)
+        if self.loss.tau == 0 or self.loss.normalisation == "sample" or not len(noisy):
+            return sum_over_ranks(kept_per_slot(noisy.scored, noisy)), num_rows
+        if old is None and len(noisy) <= self.micro_batch_size and world_size() == 1:
+            return None, num_rows  # the one micro-batch is the whole batch: the loss counts for itself
+        # Which tokens are kept only probabilities tell, and how many must be known before any backward pass.
+        kept = kept_tokens(old or self._score_all(noisy), noisy, self.loss.tau)
         return sum_over_ranks(kept_per_slot(kept, noisy)), num_rows
 
     def _keep_feedback(self, states: MaskedBatch, policy: TokenLogProbs) -> None:
-        """Records the training feedback: only at its own timestep is a token's probability that of its commit."""
+        """Records the training feedback: a token's probability is that of its commit only at its timestep."""
         assert self.trained_probs is not None
         state, position = states.current.nonzero(as_tuple=True)
         self.trained_probs[states.row[state], position] = policy.logp.detach()[state, position].exp()
 
     def refresh_feedback(self) -> None:
-        """Puts the probabilities that the last update gave to the tokens it scored into the rollout's feedback."""
+        """Puts the probabilities that the last update gave its tokens into the rollout's feedback."""
         if self.learned is None or self.learned.token_probs is None or self.trained_probs is None:
             return
         scored = self.trained_probs > 0
@@ -235,29 +231,28 @@ class RLDFModule(PolicyModule):
         """Clips, steps and schedules; gives back the gradient's norm."""
         optimizer: Any = self.optimizers()
         norm = clip_gradients(self.policy.parameters(), self.optimizer_config.gradient_clip)
-        self._require_finite(norm, None, batch)
+        self._require_finite(norm, "the norm of the gradient", batch, torch.arange(0, device=norm.device))
         optimizer.step()
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
         schedule.step()
         return norm
 
-    def _require_finite(self, value: Tensor, states: MaskedBatch | None, batch: PromptBatch) -> None:
+    def _require_finite(self, value: Tensor, what: str, batch: PromptBatch, rows: Tensor) -> None:
         if bool(torch.isfinite(value)):
             return
-        rows = sorted(set(states.row.tolist())) if states is not None else []
         assert self.learned is not None
+        assert self.learned.advantages is not None
+        rows = rows.unique()
         raise SampleError(
-            f"{'the loss' if states is not None else 'the norm of the gradient'} is {value.item()} at step "
-            f"{self.global_step}: the weights are as before this step; lower model.optimizer.lr, or look at the sample",
+            f"{what} is {value.item()} at step {self.global_step}: the weights are as before this step; "
+            "lower model.optimizer.lr, or look at the sample",
             {
                 "step": self.global_step,
                 "positions": batch.positions.tolist(),
                 "prompts": [problem.prompt for problem in batch.problems],
                 "completion_ids": self.learned.completion_ids[rows].tolist(),
-                "advantages": []
-                if self.learned.advantages is None
-                else self.learned.advantages[rows].tolist(),
+                "advantages": self.learned.advantages[rows].tolist(),
             },
         )
 

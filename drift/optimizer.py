@@ -70,5 +70,5 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, nu
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales the gradients down to `max_norm` where they are larger; gives back the norm that they had, []."""
+    """Scales the gradients down to `max_norm` where they are larger; gives back the norm they had, []."""
     return nn.utils.clip_grad_norm_(parameters, max_norm)

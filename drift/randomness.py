@@ -1,9 +1,9 @@
 """Random draws keyed by what they are for, not by the order in which they are made.
 
-A key is an int64. `fold` derives a new key from a key and integers (seed, step, sample, position ...); `uniform`
-turns keys into numbers. The same key gives the same number on every device, in every batch and on every rank, so a
-sample does not depend on its neighbours. The mixing function is SplitMix64's finaliser (Steele, Lea and Flood,
-"Fast splittable pseudorandom number generators", OOPSLA 2014).
+A key is an int64. `fold` derives a new key from a key and integers (seed, step, sample, position ...);
+`uniform` turns keys into numbers. The same key gives the same number on every device, in every batch and on
+every rank, so a sample does not depend on its neighbours. The mixing function is SplitMix64's finaliser
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014).
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ MIN_SHARE = 1e-3
 class SFTModule(PolicyModule):
     """Fine-tunes a policy on demonstrations (LLaDA, arXiv 2502.09992, eq. 5).
 
-    Per row t ~ U(0,1); each completion token, padding included, is masked with probability t; the loss is the cross
-    entropy of the masked tokens weighted 1/t, per completion token.
+    Per row t ~ U(0,1); each completion token, padding included, is masked with probability t; the loss is the
+    cross entropy of the masked tokens weighted 1/t, per completion token.
 
     Args:
         policy: a Hugging Face folder, the bare name of a policy that comes with drift, or a hub id.
@@ -44,7 +44,8 @@ class SFTModule(PolicyModule):
         """The loss of one batch of demonstrations."""
         if batch.completion_ids is None:
             raise ConfigError(
-                "the batch has no demonstrations: set data.demonstration_length, and use a task whose problems have them"
+                "the batch has no demonstrations: set data.demonstration_length, and use a task whose "
+                "problems have them"
             )
         noisy, share = mask_demonstrations(batch, self.policy.mask_token_id, self.seed)
         logp = token_logprobs(self.policy, noisy).logp

@@ -18,7 +18,11 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from lightning import Trainer
+
+    from drift.contract import Problem
     from drift.models import LLaDA
+    from drift.tasks import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,10 +59,10 @@ def oracle() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def make_policy() -> Callable[..., LLaDA]:
-    """Makes small random policies (padding 0, mask 1), sharp enough to be sure of some tokens and unsure of others.
+    """Makes small random policies (padding 0, mask 1), sure of some tokens and unsure of others.
 
-    `favour` {token: amount} adds about amount / 50 to the token's logit everywhere: the residual stream's dimension 0
-    is made constant, so that column 0 of the head is a bias.
+    `favour` {token: amount} raises the token's logit everywhere: dimension 0 of the residual stream is made
+    constant, so that column 0 of the head is a bias.
     """
     from drift.models import LLaDA, LLaDAConfig
 
@@ -99,12 +103,12 @@ def policy(make_policy: Callable[..., LLaDA]) -> LLaDA:
 @pytest.fixture(scope="session")
 def ending_policy(make_policy: Callable[..., LLaDA]) -> LLaDA:
     """A small random policy that likes padding: some rows of a rollout end early. Don't change it."""
-    return make_policy(favour={0: 100.0})
+    return make_policy(favour={0: 150.0})
 
 
 @pytest.fixture(scope="session")
 def make_prompts() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Makes left-padded prompts of the given lengths, [N,P] ids and mask; what stands at the padding is random."""
+    """Makes left-padded prompts of the given lengths, [N,P] ids and mask; the padding's ids are random."""
 
     def make(*lengths: int, width: int | None = None, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         width = width or max(lengths)
@@ -112,5 +116,57 @@ def make_prompts() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
         ids = torch.randint(2, 48, (len(lengths), width), generator=generator)
         mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
         return ids, mask
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Callable[..., LLaDA]) -> Path:
+    """The Hugging Face folder of a small random policy and its character tokenizer; don't change it."""
+    from drift.models.characters import character_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tokenizer = character_tokenizer()
+    make_policy(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def spread_task() -> Task:
+    """Sudoku whose reward is different for nearly every completion, so that random policies have something to learn."""
+    from drift.rewards.base import PerSampleReward
+    from drift.tasks import SudokuTask
+
+    class SpreadReward(PerSampleReward):
+        def score(self, completion: str, problem: Problem) -> float:
+            return sum(place * ord(letter) for place, letter in enumerate(completion, start=1)) % 97 / 97
+
+    task = SudokuTask()
+    task.reward = SpreadReward()
+    return task
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """Makes trainers that write nothing but what their callbacks do, into the test's folder."""
+    from lightning import Trainer
+
+    def make(max_steps: int = 1, **settings: object) -> Trainer:
+        quiet = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "use_distributed_sampler": False,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0,
+            "check_val_every_n_epoch": None,
+            "log_every_n_steps": 1,
+            "default_root_dir": tmp_path,
+        }
+        return Trainer(max_steps=max_steps, **quiet | settings)
 
     return make

@@ -34,7 +34,7 @@ def timestep_weights(step_map: list[int], valid: list[bool], probs: list[float])
 
 
 def inclusion_probabilities(weights: dict[int, float], temperature: float, k: int) -> dict[int, float]:
-    """Probability that each timestep is among k successive draws without replacement, by walking every order."""
+    """Probability of each timestep to be among k draws without replacement, by walking every order."""
     mass = {timestep: math.exp(weight / temperature) for timestep, weight in weights.items()}
     included = dict.fromkeys(weights, 0.0)
 
@@ -55,7 +55,7 @@ def inclusion_probabilities(weights: dict[int, float], temperature: float, k: in
 def score_state(
     policy: torch.nn.Module, prompt: list[int], state: list[int], completion: list[int]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Log-probability of every clean token and entropy at every position, from an unpadded pass over one row."""
+    """Log-probability of every clean token, and the entropy there, from an unpadded pass over one row."""
     logits = policy.logits(torch.tensor([prompt + state]))[0, len(prompt) :].double()
     logps, entropies = [], []
     for position, token in enumerate(completion):
@@ -74,6 +74,20 @@ def kl_term(logp: Tensor, reference: Tensor, kind: str) -> Tensor:
     """Estimate of the KL to the reference at one token."""
     d = reference - logp
     return {"k1": -d, "k2": d * d / 2, "k3": torch.exp(d) - 1 - d}[kind]
+
+
+def objective(
+    logp: Tensor, old: Tensor | None, advantage: float, eps_low: float, eps_high: float
+) -> tuple[Tensor, Tensor, bool]:
+    """(loss, ratio, clipped) of one token: REINFORCE, or PPO's clip where there is an old log-probability."""
+    if old is None:
+        return -advantage * logp, torch.ones(()), False
+    ratio = torch.exp(logp - old)
+    if advantage > 0 and ratio > 1 + eps_high:
+        return torch.tensor(-(1 + eps_high) * advantage), ratio, True
+    if advantage < 0 and ratio < 1 - eps_low:
+        return torch.tensor(-(1 - eps_low) * advantage), ratio, True
+    return -ratio * advantage, ratio, False
 
 
 def is_kept(masked: bool, valid: bool, current: bool, feedback: float, tau: float) -> bool:
@@ -101,7 +115,7 @@ def loss(
     entropy: Tensor | None = None,
     reference_entropy: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The loss of a plan and its parts; [K,N,C] tensors, valid [N,C], weight [K,N] (0 or 1), advantages [N]."""
+    """The loss of a plan and its parts; [K,N,C], valid [N,C], weight [K,N] (0 or 1), advantages [N]."""
     num_slots, num_rows, length = logp.shape
     sums: dict[tuple[int, int], dict[str, Tensor]] = {}  # (slot, row) -> sums over its kept tokens
     counts: dict[tuple[int, int], int] = {}
@@ -110,24 +124,20 @@ def loss(
             if weight[k, n] == 0:
                 continue
             here = {
-                name: torch.zeros(()) for name in ("loss", "policy", "kl", "entropy", "ratio", "clip_fraction")
+                name: torch.zeros(())
+                for name in ("loss", "policy", "kl", "entropy", "ratio", "clip_fraction")
             }
             counts[k, n] = 0
             for c in range(length):
-                feedback = float((logp if old is None else old)[k, n, c])
-                if not is_kept(bool(masked[k, n, c]), bool(valid[n, c]), bool(current[k, n, c]), feedback, tau):
+                feedback = (logp if old is None else old)[k, n, c].item()
+                if not is_kept(
+                    bool(masked[k, n, c]), bool(valid[n, c]), bool(current[k, n, c]), feedback, tau
+                ):
                     continue
                 counts[k, n] += 1
                 advantage = float(advantages[n])
-                if old is None:
-                    term, ratio, clipped = -advantage * logp[k, n, c], torch.ones(()), False
-                else:
-                    ratio = torch.exp(logp[k, n, c] - old[k, n, c])
-                    term, clipped = -ratio * advantage, False
-                    if advantage > 0 and ratio > 1 + eps_high:
-                        term, clipped = torch.tensor(-(1 + eps_high) * advantage), True
-                    if advantage < 0 and ratio < 1 - eps_low:
-                        term, clipped = torch.tensor(-(1 - eps_low) * advantage), True
+                before = None if old is None else old[k, n, c]
+                term, ratio, clipped = objective(logp[k, n, c], before, advantage, eps_low, eps_high)
                 here["policy"] = here["policy"] + term
                 here["ratio"] = here["ratio"] + ratio
                 here["clip_fraction"] = here["clip_fraction"] + float(clipped)
@@ -162,7 +172,7 @@ def _per_token(
 
 
 def _per_row(sums: dict[tuple[int, int], Tensor], counts: dict[tuple[int, int], int], _: int) -> Tensor:
-    """Mean over each noisy state's kept tokens, then over the row's noisy states, then over the rows that have any."""
+    """Mean over a noisy state's kept tokens, then over the row's states, then over the rows that have any."""
     rows = sorted({n for _, n in sums})
     total = torch.zeros(())
     for row in rows:

@@ -38,7 +38,7 @@ class PromptDataModule(LightningDataModule):
         task: what a problem is, and which reward judges it.
         tokenizer: folder with a tokenizer.json, a shipped policy's name or a hub id; None: the policy's own.
         train: where training rows come from; None: the task makes them.
-        validation: where validation rows come from; None: the task makes `num_validation` of them, or there are none.
+        validation: where validation rows come from; None: the task makes `num_validation`, or there are none.
         test: where test rows come from; None: the task makes `num_test` of them, or there are none.
         prompts_per_step: prompts rolled out for one step, over all ranks.
         evaluation_batch_size: prompts of an evaluation batch on each rank.
@@ -47,7 +47,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_length: longest prompt, tokens.
         long_prompts: what to do about longer ones: `error` stops before training, `drop` leaves them out.
         system_prompt: put before every prompt.
-        demonstration_length: also give demonstrations, padded to this many tokens; supervised fine-tuning only.
+        demonstration_length: also give demonstrations, padded to this many tokens; fine-tuning only.
         shuffle: False keeps the order of the training rows.
         seed: of the shuffling.
 
@@ -192,13 +192,13 @@ class PromptDataModule(LightningDataModule):
     def _procedural(self, split: str) -> ProceduralTask:
         if not isinstance(self.task, ProceduralTask):
             raise ConfigError(
-                f"data.{split} is None: {type(self.task).__name__} doesn't make its own rows; set data.{split}.path to a "
-                "file or a hub dataset"
+                f"data.{split} is None: {type(self.task).__name__} doesn't make its own rows; "
+                f"set data.{split}.path to a file or a hub dataset"
             )
         return self.task
 
     def _checked(self, rows: Dataset, where: str, demonstration_length: int | None = None) -> Any:
-        """The rows whose prompts fit, all of them seen: one that doesn't must not stop a run that trained for hours."""
+        """The rows whose prompts fit, all looked at now: one that doesn't must not stop a run after hours."""
         usable = []
         for number, row in enumerate(rows):
             problem = self.task.problem(cast("Mapping[str, Any]", row))

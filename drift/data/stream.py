@@ -1,4 +1,4 @@
-"""Prompts as batches: an endless stream for training, which can start anywhere, and a finite one for evaluation."""
+"""Prompts as batches: an endless stream for training that can start anywhere, a finite one for evaluation."""
 
 from __future__ import annotations
 

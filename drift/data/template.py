@@ -8,7 +8,7 @@ from drift.contract import ConfigError, Problem
 
 
 class PromptTemplate:
-    """Renders and tokenises prompts; a tokenizer with a chat template gets a user turn, one without the bare text.
+    """Renders and tokenises prompts: a user turn where the tokenizer has a chat template, else the bare text.
 
     Args:
         tokenizer: of the policy.
@@ -48,13 +48,13 @@ class PromptTemplate:
             raise ConfigError(f"{where}: its prompt is empty; correct the data, or drop the row")
         if len(ids) > self.max_length:
             raise ConfigError(
-                f"{where}: its prompt has {len(ids)} tokens, data.max_prompt_length is {self.max_length}; raise it, or "
-                "set data.long_prompts: drop"
+                f"{where}: its prompt has {len(ids)} tokens, data.max_prompt_length is {self.max_length}; "
+                "raise it, or set data.long_prompts: drop"
             )
         if self.tokenizer.mask_token_id in ids:
             raise ConfigError(
-                f"{where}: its prompt holds the mask token {self.tokenizer.mask_token!r}, which the policy would read as a "
-                "position to fill in; drop the row"
+                f"{where}: its prompt holds the mask token {self.tokenizer.mask_token!r}, "
+                "which the policy would read as a position to fill in; drop the row"
             )
         return ids
 
@@ -76,7 +76,8 @@ class PromptTemplate:
         ids = self._ids(problem.demonstration)
         if len(ids) > length:
             raise ConfigError(
-                f"{where}: its demonstration has {len(ids)} tokens, data.demonstration_length is {length}; raise it"
+                f"{where}: its demonstration has {len(ids)} tokens, data.demonstration_length is {length}; "
+                "raise it"
             )
         pad = self.tokenizer.pad_token_id
         assert isinstance(pad, int)
@@ -87,4 +88,5 @@ class PromptTemplate:
         return len(self._ids(self.render(problem)))
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # pyright: ignore[reportReturnType]
+        found = self.tokenizer(text, add_special_tokens=False)
+        return found["input_ids"]  # pyright: ignore[reportReturnType]

@@ -33,8 +33,9 @@ class KeyValueCache(Protocol):
 class DiffusionLM(PreTrainedModel):
     """A masked diffusion language model: a bidirectional body and a head that scores masked positions.
 
-    `forward` is the body. Families align its output, so that everywhere in drift the head applied to `hidden[:, i]`
-    scores the token at position i. Body and head are separate because the head is needed at few positions only.
+    `forward` is the body. Families align its output, so that everywhere in drift the head applied to
+    `hidden[:, i]` scores the token at position i. Body and head are separate because the head is needed
+    at few positions only.
     """
 
     base_model_prefix = "model"
@@ -108,7 +109,7 @@ class DiffusionLM(PreTrainedModel):
         return [self.mask_token_id]
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Writes a Hugging Face folder: safetensors under the hub's names and config.json with the hub's class name."""
+        """Writes a Hugging Face folder: safetensors and config.json, with the hub's tensor and class name."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             # transformers writes the name of this class, which the original code base doesn't have.

@@ -31,8 +31,8 @@ def character_tokenizer(
     free = [i for i in range(size) if i not in special]
     if len(special) < 2 or max(special) >= size or len(free) < len(characters):
         raise ConfigError(
-            f"size is {size}, pad_token_id {pad_token_id}, mask_token_id {mask_token_id}: a character tokenizer needs "
-            f"{len(characters)} ids besides two different special ones below its size"
+            f"size is {size}, pad_token_id {pad_token_id}, mask_token_id {mask_token_id}: a character "
+            f"tokenizer needs {len(characters)} ids besides two different special ones below its size"
         )
     tokens = dict(zip(free, characters, strict=False)) | special
     vocabulary = {tokens.get(i, f"<|unused_{i}|>"): i for i in range(size)}

@@ -14,7 +14,8 @@ Reduce = Callable[..., tuple[Tensor, ...]]
 class VocabHead(nn.Linear):
     """Linear map to the vocabulary that can be reduced chunk by chunk, so that no [.., V] tensor is kept.
 
-    Everything that needs its weight runs inside its own `forward`: a sharded head is gathered there and nowhere else.
+    Everything that needs its weight runs inside its own `forward`: a sharded head is gathered there and
+    nowhere else.
     """
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]

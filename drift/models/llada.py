@@ -1,4 +1,4 @@
-"""LLaDA (Nie et al., arXiv 2502.09992): llama-type blocks without a causal mask; logits at i predict the token at i."""
+"""LLaDA (Nie et al., arXiv 2502.09992): llama blocks without a causal mask; logits at i predict token i."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ class LLaDAConfig(PreTrainedConfig):
             )
         if self.d_model % self.n_heads or self.n_heads % self.num_kv_heads:
             raise ConfigError(
-                f"config.json has d_model: {self.d_model}, n_heads: {self.n_heads}, n_kv_heads: {self.n_kv_heads}; "
+                f"config.json has d_model: {self.d_model}, n_heads: {self.n_heads}, "
+                f"n_kv_heads: {self.n_kv_heads}; "
                 "d_model must be a multiple of n_heads, and n_heads of n_kv_heads"
             )
 

@@ -1,4 +1,4 @@
-"""Policies and tokenizers from Hugging Face folders; nothing is unpickled and no code is loaded from a hub."""
+"""Policies and tokenizers from Hugging Face folders; nothing is unpickled and no hub code is loaded."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def resolve_folder(path: str | Path, key: str = "model.policy") -> Path:
     """The local folder that a policy's name stands for.
 
     Args:
-        path: a Hugging Face folder; or the bare name of a policy that comes with drift, such as `sudoku_base`; or a
-            hub id `owner/name`, which is taken from the hub's cache or downloaded (weights and texts, never code).
+        path: a Hugging Face folder; or the bare name of a policy that comes with drift, such as
+            `sudoku_base`; or a hub id `owner/name`, which is taken from the hub's cache or downloaded
+            (weights and texts, never code).
         key: the setting that the path comes from, for the error message.
 
     Raises:
@@ -46,8 +47,8 @@ def resolve_folder(path: str | Path, key: str = "model.policy") -> Path:
             return Path(snapshot_download(str(path), allow_patterns=_PATTERNS))
         except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
             raise ConfigError(
-                f"{key} is {str(path)!r}: there is no such folder, and no such model in the hub's cache or in its reach "
-                f"({type(error).__name__}); give the path of a Hugging Face folder"
+                f"{key} is {str(path)!r}: there is no such folder, and no such model in the hub's cache or "
+                f"in its reach ({type(error).__name__}); give the path of a Hugging Face folder"
             ) from error
     raise ConfigError(
         f"{key} is {str(path)!r}: there is no such folder; give the path of a Hugging Face folder, a hub id "
@@ -89,16 +90,15 @@ def load_policy(
         key: the setting that the path comes from, for error messages.
 
     Raises:
-        ConfigError: where the folder, its configuration or its weights are missing, damaged or of another shape.
+        ConfigError: where folder, configuration or weights are missing, damaged or of another shape.
     """
     folder = resolve_folder(path, key)
     family = FAMILIES[read_config(folder, key)["model_type"]]
     if random_init:
         config: Any = family.config_class
         policy = family(config.from_pretrained(folder)).train()
-        nn.Module.to(
-            policy, dtype
-        )  # in place; transformers' own `to` is wrapped beyond the type checker's sight
+        # In place; transformers' own `to` is wrapped beyond the type checker's sight.
+        nn.Module.to(policy, dtype)
         return policy
     if not any(folder.glob("*.safetensors")):
         found = sorted(p.name for p in folder.iterdir())
@@ -115,8 +115,8 @@ def load_policy(
         )
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"{key} is {str(folder)!r}: its safetensors cannot be read ({error}); the file is damaged or cut short: "
-            "copy or download it again"
+            f"{key} is {str(folder)!r}: its safetensors cannot be read ({error}); the file is damaged or cut "
+            "short: copy or download it again"
         ) from error
     policy, report = loaded
     _require_complete(folder, report, key)
@@ -152,7 +152,8 @@ def load_tokenizer(path: str | Path, key: str = "data.tokenizer") -> PreTrainedT
     if not (folder / "tokenizer.json").is_file():
         found = sorted(p.name for p in folder.iterdir())
         raise ConfigError(
-            f"{key} is {str(folder)!r}: it has no tokenizer.json, only {found}; set {key} to a folder with one"
+            f"{key} is {str(folder)!r}: it has no tokenizer.json, only {found}; "
+            f"set {key} to a folder with one"
         )
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -161,7 +162,7 @@ def load_tokenizer(path: str | Path, key: str = "data.tokenizer") -> PreTrainedT
 
 
 def require_matching_tokenizer(policy_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises ConfigError where tokenizer and policy don't agree on the mask token, the padding or the vocabulary."""
+    """Raises ConfigError where tokenizer and policy disagree on mask token, padding or vocabulary."""
     mask_id, pad_id = policy_config.get("mask_token_id"), policy_config.get("pad_token_id")
     name = tokenizer.name_or_path
     for key, token_id in (("mask_token_id", mask_id), ("pad_token_id", pad_id)):
@@ -169,8 +170,8 @@ def require_matching_tokenizer(policy_config: dict[str, Any], tokenizer: PreTrai
             raise ConfigError(f"the policy's config.json has {key}: {token_id!r}; it must be a token id")
         if token_id >= len(tokenizer) or tokenizer.convert_ids_to_tokens(token_id) is None:
             raise ConfigError(
-                f"data.tokenizer is {name!r}: it has no token for the policy's {key} {token_id} ({len(tokenizer)} "
-                "tokens); use the tokenizer that the policy was trained with"
+                f"data.tokenizer is {name!r}: it has no token for the policy's {key} {token_id} "
+                f"({len(tokenizer)} tokens); use the tokenizer that the policy was trained with"
             )
     if mask_id == pad_id:
         raise ConfigError(
@@ -178,17 +179,19 @@ def require_matching_tokenizer(policy_config: dict[str, Any], tokenizer: PreTrai
         )
     if tokenizer.mask_token_id not in (None, mask_id):
         raise ConfigError(
-            f"data.tokenizer is {name!r}: its mask token {tokenizer.mask_token!r} has id {tokenizer.mask_token_id}, the "
-            f"policy's mask_token_id is {mask_id}; use the tokenizer that the policy was trained with"
+            f"data.tokenizer is {name!r}: its mask token {tokenizer.mask_token!r} has id "
+            f"{tokenizer.mask_token_id}, the policy's mask_token_id is {mask_id}; "
+            "use the tokenizer that the policy was trained with"
         )
     if tokenizer.pad_token_id != pad_id:
         raise ConfigError(
-            f"data.tokenizer is {name!r}: its padding token {tokenizer.pad_token!r} has id {tokenizer.pad_token_id}, the "
-            f"policy's pad_token_id is {pad_id}; use the tokenizer that the policy was trained with"
+            f"data.tokenizer is {name!r}: its padding token {tokenizer.pad_token!r} has id "
+            f"{tokenizer.pad_token_id}, the policy's pad_token_id is {pad_id}; "
+            "use the tokenizer that the policy was trained with"
         )
     rows = policy_config.get("embedding_size") or policy_config.get("vocab_size") or 0
     if len(tokenizer) > rows:
         raise ConfigError(
-            f"data.tokenizer is {name!r}: it has {len(tokenizer)} tokens, the policy only {rows}; use the tokenizer that "
-            "the policy was trained with"
+            f"data.tokenizer is {name!r}: it has {len(tokenizer)} tokens, the policy only {rows}; "
+            "use the tokenizer that the policy was trained with"
         )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class PrefixCache:
-    """Stores the prefix in the pass that opens a block, and puts it before the window in the passes that follow.
+    """Stores the prefix in the pass that opens a block, and puts it before the window in later passes.
 
     Args:
         length: positions before the block.

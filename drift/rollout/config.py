@@ -14,22 +14,22 @@ BlockOpening = Literal["confidence", "first_token"]
 
 @dataclass(frozen=True)
 class DenoiseConfig:
-    """How a completion is unmasked, block by block (METHOD: LLaDA, arXiv 2502.09992; Fast-dLLM, arXiv 2505.22618).
+    """How a completion is unmasked, block by block (LLaDA, arXiv 2502.09992; Fast-dLLM, arXiv 2505.22618).
 
     Args:
         block_length: positions of a block; blocks are decoded left to right.
-        threshold: dynamic schedule: every masked position whose score reaches it is committed, and where a row has
-            none, its best one. In (0, 1]; for `neg_entropy` in nats, <= 0. None: static schedule.
-        steps: static schedule: denoising steps of a completion, spread evenly over its blocks, and the positions of a
-            block evenly over its steps, remainders first. Not used with a threshold.
-        temperature: 0 takes the most likely token, otherwise tokens are sampled from softmax(logits / temperature).
+        threshold: dynamic schedule: every masked position whose score reaches it is committed, and where a
+            row has none, its best one. In (0, 1]; for `neg_entropy` in nats, <= 0. None: static schedule.
+        steps: static schedule: denoising steps of a completion, spread evenly over its blocks, and the
+            positions of a block evenly over its steps, remainders first. Not used with a threshold.
+        temperature: 0 takes the most likely token, otherwise one is drawn from softmax(logits / temperature).
         top_p: sample from the smallest set of tokens that holds this much probability, in (0, 1]; None: all.
         top_k: sample from this many most likely tokens; None: all.
-        score: what decides which positions are committed: `confidence` (probability of the candidate token), `margin`
-            (best minus second best probability), `neg_entropy` (sum of p log p, nats) or `random`. Probabilities are
-            those of the untempered, unfiltered softmax over the legal tokens.
+        score: what decides which positions are committed: `confidence` (probability of the candidate token),
+            `margin` (best minus second best probability), `neg_entropy` (sum of p log p, nats) or `random`.
+            Probabilities are those of the untempered, unfiltered softmax over the legal tokens.
         use_cache: keep the keys and values of everything before a block from the pass that opens it.
-        horizon: with the cache, how many positions after the block the later passes of a block see; None: all.
+        horizon: with the cache, positions after the block that the later passes of a block see; None: all.
         block_opening: what the pass that opens a block commits: `confidence` follows the schedule (LLaDA),
             `first_token` commits the block's first position (Dream).
         stop_at_padding: a row whose finished block is all padding has ended; the rest of it is padding.
@@ -119,8 +119,8 @@ class DenoiseConfig:
         opening = 1 if self.block_opening == "first_token" and self.block_length > 1 else 0
         if self.steps < num_blocks * (1 + opening):
             raise ConfigError(
-                f"steps is {self.steps}: {num_blocks} blocks with block_opening {self.block_opening!r} need at least "
-                f"{num_blocks * (1 + opening)}; raise steps or block_length"
+                f"steps is {self.steps}: {num_blocks} blocks with block_opening {self.block_opening!r} need "
+                f"at least {num_blocks * (1 + opening)}; raise steps or block_length"
             )
         spread = _spread(self.steps, num_blocks)
         return [[1] * opening + _spread(self.block_length - opening, steps - opening) for steps in spread]

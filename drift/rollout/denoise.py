@@ -34,8 +34,8 @@ def denoise(
 ) -> Rollout:
     """Completions of the prompts, with the timestep and the probability at which every token was committed.
 
-    A row's result does not depend on the other rows: neither on their number, nor on their padding, nor on chance,
-    since every draw is keyed by (row's seed, row's timestep, position).
+    A row's result does not depend on the other rows: neither on their number, nor on their padding, nor on
+    chance, since every draw is keyed by (row's seed, row's timestep, position).
 
     Args:
         policy: the policy; its train or eval mode is left alone.
@@ -119,7 +119,7 @@ def _block_hidden(
     *,
     opening: bool,
 ) -> Tensor:
-    """Hidden states [n,b,D] of a block: from a pass over the whole sequence, or over the window behind the cache."""
+    """Hidden states [n,b,D] of a block, from a pass over the sequence or over the window behind the cache."""
     first, last = canvas.prompt_length + start, canvas.prompt_length + end
     if cache is None or opening:
         window = slice(0, canvas.input_ids.shape[1])

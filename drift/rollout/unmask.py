@@ -1,4 +1,4 @@
-"""One denoising step at the masked positions of a block: which token each would take, and which positions commit."""
+"""One denoising step at a block's masked positions: which token each would take, and which commit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def candidates(logits: Tensor, config: DenoiseConfig, uniforms: Tensor) -> Candi
 
 
 def sample(logits: Tensor, uniform: Tensor, config: DenoiseConfig) -> Tensor:
-    """[m] int64 tokens drawn from softmax(logits / temperature) after the filters, by inverting its distribution.
+    """[m] int64 tokens drawn from the filtered softmax(logits / temperature), by inverting its distribution.
 
     Args:
         logits: [m,V] float32.
@@ -78,7 +78,7 @@ def commits(score: Tensor, masked: Tensor, threshold: float | None, quota: int) 
     Args:
         score: [n,b] float32; any value where not masked.
         masked: [n,b] bool, at least one a row.
-        threshold: every position that reaches it commits, and where a row has none its best one; None: static.
+        threshold: every position that reaches it commits, or a row's best where none does; None: static.
         quota: static schedule: positions of a row that commit, the best ones; the first of equals.
     """
     score = score.masked_fill(~masked, -torch.inf)

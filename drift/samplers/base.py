@@ -20,8 +20,8 @@ class TimestepSampler(ABC):
 
         Args:
             rollout: N rollouts with their denoising feedback.
-            generator: source of the draws. None: they are keyed by `rollout.seeds`, so that a row's plan does not depend
-                on its neighbours; without seeds torch's default generator is used.
+            generator: source of the draws. None: they are keyed by `rollout.seeds`, so that a row's plan does
+                not depend on its neighbours; without seeds torch's default generator is used.
         """
 
 
@@ -42,7 +42,7 @@ def draws(rollout: Rollout, num: int, generator: torch.Generator | None) -> Tens
 
 
 def candidates(rollout: Rollout) -> Tensor:
-    """[N,S] bool, the timesteps that committed at least one valid token; S counts up to the batch's last one."""
+    """[N,S] bool, the timesteps that committed at least one valid token; S covers the batch's last."""
     num_timesteps = int(rollout.step_map.max()) + 1
     found = torch.zeros(
         rollout.step_map.shape[0], num_timesteps, dtype=torch.int64, device=rollout.step_map.device

@@ -1,8 +1,8 @@
 """Masking estimators of earlier work, which don't look at the order in which tokens were committed.
 
-They mask valid tokens only and learn from all that they mask. RandomMask follows the one-step estimate with random
-masks of diffu-GRPO (d1, arXiv 2504.12216) and UniGRPO (MMaDA, arXiv 2505.15809), CoupledMask the complementary pairs of
-coupled-GRPO (DiffuCoder, arXiv 2506.20639), AllMask d1's fully masked completion.
+They mask valid tokens only and learn from all that they mask. RandomMask follows the one-step estimate with
+random masks of diffu-GRPO (d1, arXiv 2504.12216) and UniGRPO (MMaDA, arXiv 2505.15809), CoupledMask the
+complementary pairs of coupled-GRPO (DiffuCoder, arXiv 2506.20639), AllMask d1's fully masked completion.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A few timesteps of every rollout, drawn uniformly or where the policy was least sure (RLDF, arXiv 2605.25638)."""
+"""A few timesteps a rollout, drawn uniformly or where the policy was least sure (RLDF, arXiv 2605.25638)."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class WeightedSampler(TimestepSampler):
 
     Args:
         k: timesteps of a row, >= 1.
-        temperature: >= 0. 0 takes the k largest weights (repeated from the largest where there are fewer); inf is
-            uniform.
+        temperature: >= 0. 0 takes the k largest weights (repeated from the largest where there are fewer);
+            inf is uniform.
     """
 
     def __init__(self, k: int = 4, temperature: float = 1.0) -> None:
@@ -37,7 +37,7 @@ class WeightedSampler(TimestepSampler):
         self.temperature = float(temperature)
 
     def weights(self, rollout: Rollout) -> Tensor:
-        """How unsure the policy was: [N,S] float32, -mean log token_prob of a timestep's valid tokens, -inf where none.
+        """How unsure the policy was: [N,S] float32, -mean log token_prob of valid tokens, -inf where none.
 
         Raises:
             ConfigError: where the rollout recorded no token probabilities.
@@ -45,8 +45,8 @@ class WeightedSampler(TimestepSampler):
         valid = rollout.completion_mask
         if rollout.token_probs is None or bool((valid & (rollout.token_probs == 0)).any()):
             raise ConfigError(
-                "token_probs is missing or 0 at valid tokens: a weighted sampler needs the probabilities that the rollout "
-                "recorded; use UniformSampler for rollouts without them"
+                "token_probs is missing or 0 at valid tokens: a weighted sampler needs the probabilities "
+                "that the rollout recorded; use UniformSampler for rollouts without them"
             )
         surprise = -rollout.token_probs.clamp(min=_MIN_PROB).log() * valid
         total = torch.zeros(valid.shape[0], int(rollout.step_map.max()) + 1, device=surprise.device)
@@ -59,7 +59,7 @@ class WeightedSampler(TimestepSampler):
         logits = self._logits(self.weights(rollout))
         num_timesteps = logits.shape[1]
         uniforms = draws(rollout, num_timesteps + self.k, generator)
-        # Gumbel top-k draws without replacement, in the order of successive draws (Kool et al., arXiv 1903.06059).
+        # Gumbel top-k draws without replacement, as successive draws would (Kool et al., arXiv 1903.06059).
         perturbed = logits + gumbel(uniforms[:, :num_timesteps])
         first = perturbed.argsort(dim=1, descending=True, stable=True)[:, : self.k]
         first = torch.nn.functional.pad(first, (0, self.k - first.shape[1]))
@@ -78,7 +78,7 @@ class WeightedSampler(TimestepSampler):
         high = weights.max(dim=1, keepdim=True).values
         equal = (high - low) < _EQUAL
         if self.temperature == 0:
-            # Beyond any Gumbel draw (float64 uniforms end at 36), so that only the order of the weights counts.
+            # Beyond any Gumbel draw (float64 uniforms end at 36): only the order of the weights counts.
             scaled = (weights.masked_fill(~real, 0).argsort(dim=1).argsort(dim=1) * 1e3).double()
         else:
             scaled = weights.masked_fill(~real, 0) / self.temperature

@@ -20,7 +20,8 @@ def score(reward: Reward, completions: Sequence[str], problems: Sequence[Problem
         problems: [N] what they answer.
 
     Raises:
-        SampleError: where the reward raises, or doesn't give one finite number a completion; it holds the completion.
+        SampleError: where the reward raises, or doesn't give one finite number a completion; it holds one
+            such completion.
     """
     try:
         values = torch.as_tensor(reward(completions, problems), dtype=torch.float32)
@@ -28,13 +29,14 @@ def score(reward: Reward, completions: Sequence[str], problems: Sequence[Problem
         culprit, reason = _culprit(reward, completions, problems, error)
         sample = _describe(completions[culprit], problems[culprit], reason)
         raise SampleError(
-            f"{type(reward).__name__} raised {reason}; a reward must judge whatever the policy writes: mend it",
+            f"{type(reward).__name__} raised {reason}; "
+            "a reward must judge whatever the policy writes: mend it",
             sample,
         ) from error
     if values.shape != (len(completions),):
         raise SampleError(
-            f"{type(reward).__name__} gave values of shape {list(values.shape)} for {len(completions)} completions: it "
-            "must give one number for each",
+            f"{type(reward).__name__} gave values of shape {list(values.shape)} for {len(completions)} "
+            "completions: it must give one number for each",
             _describe(completions[0], problems[0], f"shape {list(values.shape)}"),
         )
     if not bool(torch.isfinite(values).all()):
@@ -49,7 +51,7 @@ def score(reward: Reward, completions: Sequence[str], problems: Sequence[Problem
 def _culprit(
     reward: Reward, completions: Sequence[str], problems: Sequence[Problem], error: Exception
 ) -> tuple[int, str]:
-    """The first completion that the reward raises at alone, and what it raises; the first one where none does."""
+    """The first completion that alone makes the reward raise, else the first of all; and what was raised."""
     for number, (completion, problem) in enumerate(zip(completions, problems, strict=True)):
         try:
             reward([completion], [problem])

@@ -126,7 +126,9 @@ def test_dtype_is_what_was_asked_for(make_policy: Make, tmp_path: Path):
 def test_random_init_has_the_configs_spread_and_another_draw(make_policy: Make, tmp_path: Path):
     make_policy(init_std=0.3).save_pretrained(tmp_path)
     fresh, saved = load_policy(tmp_path, random_init=True), load_policy(tmp_path)
-    weight = fresh.blocks[0].ff_proj.weight  # 64 * 32 draws: the spread's standard error is 0.3 / sqrt(4096) = 0.005
+    weight = fresh.blocks[
+        0
+    ].ff_proj.weight  # 64 * 32 draws: the spread's standard error is 0.3 / sqrt(4096) = 0.005
     assert abs(weight.std().item() - 0.3) < 0.025
     assert not torch.equal(weight, saved.blocks[0].ff_proj.weight)
     assert (fresh.blocks[0].attn_norm.weight == 1).all()

@@ -47,7 +47,11 @@ def test_a_policy_that_comes_with_drift_is_found_by_its_name():
 def test_a_missing_folder(tmp_path: Path):
     path = tmp_path / "nowhere"
     refused(
-        lambda: load_policy(path), "model.policy is", str(path), "no such folder; give the path", "sudoku_base"
+        lambda: load_policy(path),
+        "model.policy is",
+        str(path),
+        "no such folder; give the path",
+        "sudoku_base",
     )
     refused(lambda: load_tokenizer(path), "data.tokenizer is", str(path), "no such folder")
     refused(lambda: load_policy("no_such_name"), "'no_such_name'", "sudoku_base")
@@ -66,7 +70,9 @@ def test_a_hub_id_that_is_not_in_the_cache(tmp_path: Path, monkeypatch: pytest.M
 
 def test_no_config(folder: Path):
     (folder / "config.json").unlink()
-    refused(lambda: load_policy(folder), "model.policy", str(folder), "it has no config.json", "model.safetensors")
+    refused(
+        lambda: load_policy(folder), "model.policy", str(folder), "it has no config.json", "model.safetensors"
+    )
 
 
 @pytest.mark.parametrize("text", [b"{", b"", b'{"model_type": "llada",}', b"\xff\xfe{}", b"PK\x03\x04"])
@@ -84,9 +90,7 @@ def test_a_config_that_is_no_object(folder: Path, value: object):
 @pytest.mark.parametrize("model_type", ["llama", "", None, 3, ["llada"]])
 def test_an_unknown_family(folder: Path, model_type: object):
     change_config(folder, model_type=model_type)
-    refused(
-        lambda: load_policy(folder), "model.policy", f"model_type: {model_type!r}", "supported:", "llada"
-    )
+    refused(lambda: load_policy(folder), "model.policy", f"model_type: {model_type!r}", "supported:", "llada")
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -104,10 +108,16 @@ def test_no_weights(folder: Path):
 def test_weights_that_were_cut_short(folder: Path, keep: int):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(lambda: load_policy(folder), "model.policy", str(folder), "cannot be read", "copy or download it again")
+    refused(
+        lambda: load_policy(folder),
+        "model.policy",
+        str(folder),
+        "cannot be read",
+        "copy or download it again",
+    )
 
 
-@pytest.mark.parametrize("index", ["{", '{"weight_map": {}}', '{"weight_map": {"a": "absent.safetensors"}}'])
+@pytest.mark.parametrize("index", ["{", "[]", '{"metadata": {}, "weight_map": {"a": "absent.safetensors"}}'])
 def test_a_damaged_index_of_shards(folder: Path, index: str):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(index)
@@ -138,34 +148,58 @@ def test_a_config_of_another_size(folder: Path):
 @pytest.mark.parametrize(("key", "value"), [("d_model", "wide"), ("n_layers", 2.5), ("vocab_size", None)])
 def test_a_config_of_another_type(folder: Path, key: str, value: object):
     change_config(folder, **{key: value})
-    refused(lambda: load_policy(folder), "model.policy", key)
+    refused(lambda: load_policy(folder), "config.json", key, repr(value))
 
 
 def test_no_tokenizer(folder: Path):
     (folder / "tokenizer.json").unlink()
     refused(
-        lambda: load_tokenizer(folder), "data.tokenizer", str(folder), "no tokenizer.json", "config.json", "set "
+        lambda: load_tokenizer(folder),
+        "data.tokenizer",
+        str(folder),
+        "no tokenizer.json",
+        "config.json",
+        "set ",
     )
 
 
-@pytest.mark.parametrize("text", ["{", "", "{}", '{"model": 3}', "[]"])
-@pytest.mark.parametrize("name", ["tokenizer.json"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(("tokenizer.json", text) for text in ("{", "", "{}", '{"model": 3}', "[]")),
+        *(("tokenizer_config.json", text) for text in ("{", "")),
+    ],
+)
 def test_a_damaged_tokenizer(folder: Path, name: str, text: str):
     (folder / name).write_text(text)
-    refused(lambda: load_tokenizer(folder), "data.tokenizer", str(folder), "its tokenizer files cannot be read")
+    refused(
+        lambda: load_tokenizer(folder), "data.tokenizer", str(folder), "its tokenizer files cannot be read"
+    )
 
 
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"mask_token_id": 200}, ["no token for the policy's mask_token_id 200 (128 tokens)", "use the tokenizer"]),
-        ({"pad_token_id": 128}, ["no token for the policy's pad_token_id 128 (128 tokens)", "use the tokenizer"]),
+        (
+            {"mask_token_id": 200},
+            ["no token for the policy's mask_token_id 200 (128 tokens)", "use the tokenizer"],
+        ),
+        (
+            {"pad_token_id": 128},
+            ["no token for the policy's pad_token_id 128 (128 tokens)", "use the tokenizer"],
+        ),
         ({"mask_token_id": None}, ["config.json has mask_token_id: None", "must be a token id"]),
         ({"pad_token_id": "x"}, ["config.json has pad_token_id: 'x'", "must be a token id"]),
         ({"mask_token_id": -1}, ["mask_token_id", "-1"]),
         ({"mask_token_id": 126}, ["mask_token_id and pad_token_id both 126", "must differ"]),
-        ({"mask_token_id": 5}, ["mask token '<|mask|>' has id 127", "mask_token_id is 5", "use the tokenizer"]),
-        ({"pad_token_id": 5}, ["padding token '<|endoftext|>' has id 126", "pad_token_id is 5", "use the tokenizer"]),
+        (
+            {"mask_token_id": 5},
+            ["mask token '<|mask|>' has id 127", "mask_token_id is 5", "use the tokenizer"],
+        ),
+        (
+            {"pad_token_id": 5},
+            ["padding token '<|endoftext|>' has id 126", "pad_token_id is 5", "use the tokenizer"],
+        ),
         ({"vocab_size": 127}, ["it has 128 tokens, the policy only 127", "use the tokenizer"]),
         ({"embedding_size": 127}, ["it has 128 tokens, the policy only 127", "use the tokenizer"]),
     ],
@@ -179,7 +213,7 @@ def test_a_tokenizer_of_another_policy(folder: Path, config: dict, words: list[s
 
 
 def test_a_tokenizer_without_a_mask_token_is_judged_by_its_ids(folder: Path):
-    """Tokenizers of the hub don't always declare the mask token; the policy's id must still be one of theirs."""
+    """The hub's tokenizers don't always declare the mask token; its id must still be one of theirs."""
     declared = json.loads((folder / "tokenizer_config.json").read_text())
     del declared["mask_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(declared))

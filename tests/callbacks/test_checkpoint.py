@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+
+from drift.callbacks import CheckpointCallback, RolloutCallback
+from drift.contract import ConfigError
+from drift.data import PromptDataModule
+from drift.module import RLDFModule
+from drift.optimizer import OptimizerConfig
+from drift.rollout import DenoiseConfig
+
+DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
+
+
+class Accuracies(Callback):
+    """Sets the validation accuracy, and keeps the weights after every step."""
+
+    def __init__(self, *values: float) -> None:
+        self.values = list(values)
+        self.weights = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.weights.append({n: p.detach().clone() for n, p in pl_module.policy.named_parameters()})
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/score", self.values.pop(0))
+
+
+@pytest.fixture
+def train(tiny_folder: Path, spread_task, make_trainer):
+    def run(steps: int, accuracies: Accuracies, checkpoint: CheckpointCallback, **settings):
+        rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
+        trainer = make_trainer(
+            steps,
+            callbacks=[rollout, accuracies, checkpoint],
+            enable_checkpointing=True,
+            limit_val_batches=1.0,
+            val_check_interval=2,
+        )
+        module = RLDFModule(str(tiny_folder), optimizer=OptimizerConfig(lr=1e-3))
+        data = PromptDataModule(spread_task, prompts_per_step=2, num_validation=1)
+        trainer.fit(module, datamodule=data, **settings)
+        return trainer
+
+    return run
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def test_best_and_last_are_written(train, tmp_path: Path):
+    accuracies = Accuracies(0.2, 0.7, 0.5)
+    checkpoint = CheckpointCallback(every=2, monitor="val/score", dirpath=str(tmp_path / "kept"))
+    train(7, accuracies, checkpoint)
+    assert sorted(file.name for file in (tmp_path / "kept").iterdir()) == ["best.ckpt", "last.ckpt"]
+    best, last = load(tmp_path / "kept" / "best.ckpt"), load(tmp_path / "kept" / "last.ckpt")
+    # 7 is no multiple of 2: the end writes too.
+    assert (best["global_step"], last["global_step"]) == (4, 7)
+    for saved, step in ((best, 4), (last, 7)):
+        for name, value in accuracies.weights[step - 1].items():
+            assert torch.equal(saved["state_dict"][f"policy.{name}"], value)
+        assert saved["optimizer_states"][0]["state"][0]["step"] == step
+    assert checkpoint.best_model_path.endswith("best.ckpt")
+    assert checkpoint.last_model_path.endswith("last.ckpt")
+    assert float(checkpoint.best_model_score) == pytest.approx(0.7)
+
+
+def test_the_lowest_can_be_best(train, tmp_path: Path):
+    checkpoint = CheckpointCallback(monitor="val/score", mode="min", dirpath=str(tmp_path / "kept"))
+    train(6, Accuracies(0.6, 0.1, 0.5), checkpoint)
+    assert load(tmp_path / "kept" / "best.ckpt")["global_step"] == 4
+
+
+def test_last_is_written_as_training_goes_on(train, tmp_path: Path):
+    seen = []
+
+    class Look(Accuracies):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            file = tmp_path / "kept" / "last.ckpt"
+            seen.append(load(file)["global_step"] if file.exists() else None)
+
+    checkpoint = CheckpointCallback(every=2, monitor="val/score", dirpath=str(tmp_path / "kept"))
+    train(5, Look(0.5, 0.5), checkpoint)
+    assert seen == [None, None, 2, 2, 4]
+
+
+def test_a_resumed_run_remembers_its_best(train, tmp_path: Path):
+    folder = str(tmp_path / "kept")
+    train(2, Accuracies(0.9), CheckpointCallback(monitor="val/score", dirpath=folder))
+    checkpoint = CheckpointCallback(monitor="val/score", dirpath=folder)
+    train(4, Accuracies(0.5), checkpoint, ckpt_path=str(tmp_path / "kept" / "last.ckpt"))
+    assert float(checkpoint.best_model_score) == pytest.approx(0.9)
+    assert load(tmp_path / "kept" / "best.ckpt")["global_step"] == 2
+    assert load(tmp_path / "kept" / "last.ckpt")["global_step"] == 4
+
+
+def test_settings_out_of_range():
+    with pytest.raises(ConfigError, match=r"checkpoint\.every is 0: set it to 1 or more steps"):
+        CheckpointCallback(every=0)

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import torch
+
+from drift.callbacks import ExportCallback, RolloutCallback
+from drift.data import PromptDataModule
+from drift.models import load_policy, load_tokenizer
+from drift.module import RLDFModule
+from drift.optimizer import OptimizerConfig
+from drift.rollout import DenoiseConfig
+
+DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
+
+
+def train(folder: Path, task, make_trainer, export: ExportCallback, dtype: str = "float32") -> RLDFModule:
+    module = RLDFModule(str(folder), optimizer=OptimizerConfig(lr=1e-3), dtype=dtype)
+    rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
+    trainer = make_trainer(2, callbacks=[rollout, export])
+    trainer.fit(module, datamodule=PromptDataModule(task, prompts_per_step=2))
+    return module
+
+
+def test_the_folder_loads_again_bit_by_bit(tiny_folder, spread_task, make_trainer, tmp_path: Path):
+    folder = tmp_path / "deep" / "policy"
+    module = train(tiny_folder, spread_task, make_trainer, ExportCallback(str(folder)))
+    again, start = load_policy(folder).state_dict(), load_policy(tiny_folder).state_dict()
+    trained = module.policy.state_dict()
+    assert again.keys() == trained.keys()
+    assert all(torch.equal(value, trained[name]) for name, value in again.items())
+    assert any(not torch.equal(value, start[name]) for name, value in again.items())
+    tokenizer, before = load_tokenizer(folder), load_tokenizer(tiny_folder)
+    assert tokenizer.get_vocab() == before.get_vocab()
+    assert (tokenizer.mask_token_id, tokenizer.pad_token_id) == (before.mask_token_id, before.pad_token_id)
+
+
+def test_bfloat16_stays_bfloat16(tiny_folder, spread_task, make_trainer, tmp_path: Path):
+    module = train(tiny_folder, spread_task, make_trainer, ExportCallback(str(tmp_path / "p")), "bfloat16")
+    again = load_policy(tmp_path / "p", torch.bfloat16).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in module.policy.state_dict().items())
+
+
+def test_the_folder_can_be_trained_on(tiny_folder, spread_task, make_trainer, tmp_path: Path):
+    train(tiny_folder, spread_task, make_trainer, ExportCallback(str(tmp_path / "one")))
+    train(tmp_path / "one", spread_task, make_trainer, ExportCallback(str(tmp_path / "two")))
+    first, second = (load_policy(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert any(not torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_nothing_is_written_where_no_folder_is_named(tiny_folder, spread_task, make_trainer, tmp_path: Path):
+    before = set(tmp_path.rglob("*"))
+    train(tiny_folder, spread_task, make_trainer, ExportCallback())
+    assert set(tmp_path.rglob("*")) == before

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from drift.callbacks import CheckpointCallback, RolloutCallback, SummaryCallback
+from drift.data import PromptDataModule
+from drift.module import RLDFModule
+from drift.rollout import DenoiseConfig
+
+DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
+
+
+@pytest.fixture
+def setup(tiny_folder: Path, spread_task, make_trainer):
+    def make(steps: int = 1, path: str | None = None, checkpoint: bool = False, **settings):
+        summary = SummaryCallback(path)
+        rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
+        callbacks = [rollout, summary] + [CheckpointCallback()] * checkpoint
+        trainer = make_trainer(steps, callbacks=callbacks, enable_checkpointing=checkpoint, **settings)
+        data = PromptDataModule(spread_task, prompts_per_step=2, num_validation=3, num_test=4)
+        return trainer, RLDFModule(str(tiny_folder)), data, summary
+
+    return make
+
+
+def test_training_ends_with_a_summary(setup, capsys, tmp_path: Path):
+    trainer, module, data, summary = setup(7, checkpoint=True, limit_val_batches=1.0, val_check_interval=3)
+    trainer.fit(module, datamodule=data)
+    out = capsys.readouterr().out
+    assert "--- summary ---" in out
+    lines = {line[:18].strip(): line[19:] for line in out.splitlines() if not line.startswith("---")}
+    assert lines["steps"].startswith("0 -> 7 in ")
+    rewards = summary.history["reward/mean"]
+    assert len(rewards) == 7
+    expected = f"{sum(rewards[:5]) / 5:.3f} -> {sum(rewards[-5:]) / 5:.3f} (first and last 5 steps)"
+    assert lines["reward/mean"] == expected
+    assert "->" in lines["rollout/timesteps"]
+    assert "->" in lines["loss/total"]
+    assert lines["val/accuracy"] == "0.000 -> 0.000, best 0.000"
+    assert lines["best checkpoint"].endswith("best.ckpt")
+    assert lines["last checkpoint"].endswith("last.ckpt")
+    assert lines["logs"] == f"tensorboard --logdir {tmp_path}"
+    # Validations in training leave no results file.
+    assert not (tmp_path / "val.json").exists()
+
+
+def test_a_resumed_run_counts_from_where_it_was(setup, capsys, tmp_path: Path):
+    trainer, module, data, _ = setup(2)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    capsys.readouterr()
+    trainer, module, data, _ = setup(3)
+    trainer.fit(module, datamodule=data, ckpt_path=str(tmp_path / "two.ckpt"))
+    assert "2 -> 3 in " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "num"), [("validate", 3), ("test", 4)])
+def test_results_are_printed_and_written(setup, capsys, tmp_path: Path, command: str, num: int):
+    trainer, module, data, _ = setup(limit_val_batches=1.0)
+    (found,) = getattr(trainer, command)(module, datamodule=data, verbose=False)
+    prefix = {"validate": "val", "test": "test"}[command]
+    out = capsys.readouterr().out
+    assert f"--- {prefix} ---" in out
+    assert f"{num} problems)" in out
+    written = json.loads((tmp_path / f"{prefix}.json").read_text())
+    assert written.pop("checkpoint") == ""
+    assert {f"{prefix}/{name}": value for name, value in written.items()} == pytest.approx(found)
+    assert written["num"] == num
+    assert 0 <= written["accuracy_low"] <= written["accuracy"] <= written["accuracy_high"] <= 1
+    assert f"mean reward          {written['reward']:.3f}" in out
+
+
+def test_results_name_their_checkpoint_and_go_where_they_are_told(setup, tmp_path: Path):
+    trainer, module, data, _ = setup(1)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    file = tmp_path / "deep" / "results.json"
+    trainer, module, data, _ = setup(path=str(file))
+    trainer.test(module, datamodule=data, ckpt_path=str(tmp_path / "one.ckpt"), verbose=False)
+    assert json.loads(file.read_text())["checkpoint"] == str(tmp_path / "one.ckpt")

@@ -1,0 +1,316 @@
+import json
+from itertools import islice
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+import drift.module
+import drift.policy_module
+from drift.callbacks import RolloutCallback
+from drift.contract import ConfigError
+from drift.data import PromptDataModule, Source
+from drift.data import datamodule as module_under_test
+from drift.models.characters import MASK, character_tokenizer
+from drift.module import RLDFModule
+from drift.rollout import DenoiseConfig
+from drift.tasks import MathTask, SudokuTask
+
+DECODE = DenoiseConfig(block_length=16)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def questions(*texts: str) -> list[dict]:
+    return [{"question": text, "ground_truth_answer": "1"} for text in texts]
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def run(rows: list[dict], **settings) -> Source:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return Source(path=str(path), **settings)
+
+    return run
+
+
+def data(folder: Path, **settings) -> PromptDataModule:
+    return PromptDataModule(**{"task": MathTask(instruction=""), "tokenizer": str(folder)} | settings)
+
+
+class Trainer:
+    """As much of a trainer as the data module looks at."""
+
+    def __init__(self, global_step: int = 0, max_steps: int = 100, num_updates: int = 1) -> None:
+        self.global_step = global_step
+        self.max_steps = max_steps
+        self.lightning_module = type("Module", (), {"num_updates": num_updates})()
+
+
+def training_prompts(prompts: PromptDataModule, num: int, **settings) -> list[list[str]]:
+    prompts.trainer = Trainer(**settings)
+    prompts.setup("fit")
+    return [[p.prompt for p in batch.problems] for batch in islice(prompts.train_dataloader(), num)]
+
+
+FIVE = questions("one", "two", "three", "four", "five")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_updates", [1, 3])
+def test_training_goes_on_where_it_was(tiny_folder: Path, write, streaming: bool, num_updates: int):
+    def prompts() -> PromptDataModule:
+        return data(tiny_folder, train=write(FIVE, streaming=streaming), prompts_per_step=2)
+
+    whole = training_prompts(prompts(), 12, num_updates=num_updates)
+    for start in (1, 5, 7):
+        late = training_prompts(prompts(), 12 - start, num_updates=num_updates, global_step=start)
+        assert late == whole[start:]
+    first_epoch = [prompt for batch in whole[:: num_updates] for prompt in batch][:5]
+    if num_updates == 1:
+        assert sorted(first_epoch) == sorted(row["question"] for row in FIVE)
+
+
+def test_shuffle_false_keeps_the_order(tiny_folder: Path, write):
+    prompts = data(tiny_folder, train=write(FIVE), prompts_per_step=2, shuffle=False)
+    assert training_prompts(prompts, 3) == [["one", "two"], ["three", "four"], ["five", "one"]]
+
+
+def test_shuffling_depends_on_the_seed(tiny_folder: Path, write):
+    orders = {
+        str(training_prompts(data(tiny_folder, train=write(FIVE), prompts_per_step=5, seed=seed), 2))
+        for seed in (0, 0, 50, 90)
+    }
+    assert len(orders) >= 2
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_prompts(tiny_folder: Path, write, monkeypatch, world_size: int):
+    alone = training_prompts(data(tiny_folder, train=write(FIVE), prompts_per_step=4), 3)
+    ranks = []
+    for rank in range(world_size):
+        monkeypatch.setattr("drift.distributed.world_size", lambda: world_size)
+        monkeypatch.setattr("drift.distributed.rank", lambda rank=rank: rank)
+        ranks.append(training_prompts(data(tiny_folder, train=write(FIVE), prompts_per_step=4), 3))
+    assert [sum((rank[step] for rank in ranks), []) for step in range(3)] == alone
+
+
+def test_prompts_that_cannot_be_shared_evenly_are_an_error(tiny_folder: Path, write, monkeypatch):
+    monkeypatch.setattr("drift.distributed.world_size", lambda: 3)
+    with pytest.raises(ConfigError, match=r"data\.prompts_per_step is 4: it must be a multiple of the 3 ranks"):
+        training_prompts(data(tiny_folder, train=write(FIVE), prompts_per_step=4), 1)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_evaluation_sees_every_row_once_over_all_ranks(tiny_folder: Path, write, monkeypatch, world_size: int):
+    seen = []
+    monkeypatch.setattr(module_under_test, "world_size", lambda: world_size)
+    for rank in range(world_size):
+        monkeypatch.setattr(module_under_test, "rank", lambda rank=rank: rank)
+        prompts = data(tiny_folder, validation=write(FIVE), test=write(FIVE[:3]), evaluation_batch_size=2)
+        for stage, loader, num in (("validate", "val", 5), ("test", "test", 3), ("predict", "predict", 3)):
+            prompts.setup(stage)
+            batches = list(getattr(prompts, f"{loader}_dataloader")())
+            assert all(len(batch.problems) <= 2 for batch in batches)
+            seen += [(stage, num, i) for batch in batches for i in batch.positions.tolist()]
+    assert sorted(seen) == sorted(
+        (stage, num, i) for stage, num in (("validate", 5), ("test", 3), ("predict", 3)) for i in range(num)
+    )
+
+
+def test_procedural_tasks_make_the_evaluation_rows(tiny_folder: Path):
+    prompts = data(tiny_folder, task=SudokuTask(), num_validation=5, num_test=4, evaluation_batch_size=3)
+    prompts.setup("fit")
+    found = [problem.prompt for batch in prompts.val_dataloader() for problem in batch.problems]
+    assert found == [row["puzzle"] for row in SudokuTask().rows("validation", 5)]
+    prompts.setup("test")
+    assert sum(len(batch.problems) for batch in prompts.test_dataloader()) == 4
+
+
+def test_training_without_validation_rows_is_fine_and_validation_without_is_not(tiny_folder: Path, write):
+    prompts = data(tiny_folder, train=write(FIVE))
+    prompts.trainer = Trainer()
+    prompts.setup("fit")
+    assert list(prompts.val_dataloader()) == []
+    for stage, split in (("validate", "validation"), ("test", "test"), ("predict", "test")):
+        with pytest.raises(ConfigError, match=rf"data\.{split} is None: MathTask doesn't make its own rows; set"):
+            prompts.setup(stage)
+    with pytest.raises(ConfigError, match=r"data\.train is None: MathTask doesn't make its own rows; set data\.train"):
+        data(tiny_folder).setup("fit")
+
+
+LONG = questions("short", "much too long", "brief")
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_long_prompt_stops_before_training(tiny_folder: Path, write, split: str):
+    sources = {"train": write(FIVE)} | {split: write(LONG)}
+    prompts = data(tiny_folder, max_prompt_length=6, **sources)
+    with pytest.raises(ConfigError) as caught:
+        prompts.setup("fit")
+    message = str(caught.value)
+    assert message.startswith(f"data.{split} ({sources[split].path}) row 1: its prompt has 13 tokens")
+    assert "data.max_prompt_length is 6; raise it, or set data.long_prompts: drop" in message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_drop_drops_long_prompts(tiny_folder: Path, write, streaming: bool):
+    prompts = data(
+        tiny_folder,
+        train=write(LONG, streaming=streaming),
+        validation=write(LONG),
+        max_prompt_length=6,
+        long_prompts="drop",
+        prompts_per_step=2,
+        shuffle=False,
+    )
+    assert training_prompts(prompts, 2) == [["short", "brief"]] * 2
+    assert [p.prompt for batch in prompts.val_dataloader() for p in batch.problems] == ["short", "brief"]
+
+
+def test_dropping_everything_is_an_error(tiny_folder: Path, write):
+    prompts = data(tiny_folder, train=write(LONG), max_prompt_length=2, long_prompts="drop")
+    with pytest.raises(ConfigError, match=r"data\.train .*none of the rows.*data\.max_prompt_length \(2\).*raise it"):
+        prompts.setup("fit")
+
+
+def test_a_prompt_with_the_mask_token_stops_before_training(tiny_folder: Path, write):
+    prompts = data(tiny_folder, train=write(questions("fine", f"not {MASK} fine")))
+    with pytest.raises(ConfigError, match=r"row 1: its prompt holds the mask token '<\|mask\|>'"):
+        prompts.setup("fit")
+
+
+def test_an_empty_file_is_an_error(tiny_folder: Path, write):
+    with pytest.raises(ConfigError, match=r"data\.train\.path=.* is empty or cannot be read"):
+        data(tiny_folder, train=write([])).setup("fit")
+
+
+def test_a_missing_field_is_an_error(tiny_folder: Path, write):
+    prompts = data(tiny_folder, train=write([{"question": "1+1?"}]))
+    with pytest.raises(ConfigError, match=r"has no field 'ground_truth_answer'.*set data\.task\.answer_field"):
+        prompts.setup("fit")
+
+
+def test_a_long_demonstration_stops_before_training(tiny_folder: Path, write):
+    class Demonstrated(MathTask):
+        def problem(self, row):
+            problem = super().problem(row)
+            problem.demonstration = row["question"]
+            return problem
+
+    task = Demonstrated(instruction="")
+    prompts = data(tiny_folder, task=task, train=write(questions("ab", "abcde")), demonstration_length=4)
+    with pytest.raises(ConfigError, match=r"row 1: its demonstration has 5 tokens, data\.demonstration_length is 4"):
+        prompts.setup("fit")
+
+
+def test_system_prompt_reaches_the_policy(tiny_folder: Path, write):
+    prompts = data(tiny_folder, validation=write(questions("hi")), system_prompt="Count.")
+    prompts.setup("validate")
+    (batch,) = prompts.val_dataloader()
+    assert prompts.tokenizer.decode(batch.prompt_ids[0]) == "Count.\nhi"
+
+
+def test_max_steps_of_minus_1_is_an_error(tiny_folder: Path, make_trainer):
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps is -1: .*set the number of steps"):
+        make_trainer(-1).fit(RLDFModule(str(tiny_folder)), datamodule=PromptDataModule(SudokuTask()))
+
+
+def test_without_policy_the_tokenizer_must_be_set():
+    with pytest.raises(ConfigError, match=r"data\.tokenizer is None"):
+        PromptDataModule(SudokuTask()).setup("fit")
+
+
+def test_teardown_ends_the_reward(tiny_folder: Path, monkeypatch):
+    task, closed = SudokuTask(), []
+    monkeypatch.setattr(task.reward, "close", lambda: closed.append(True), raising=False)
+    PromptDataModule(task).teardown("fit")
+    assert closed == [True]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts_per_step": 0}, r"data\.prompts_per_step is 0"),
+        ({"evaluation_batch_size": 0}, r"data\.evaluation_batch_size is 0"),
+        ({"num_validation": -1}, r"data\.num_validation is -1"),
+        ({"num_test": 0}, r"data\.num_test is 0"),
+        ({"max_prompt_length": 0}, r"data\.max_prompt_length is 0"),
+        ({"demonstration_length": 0}, r"data\.demonstration_length is 0"),
+        ({"long_prompts": "cut"}, r"data\.long_prompts is 'cut': choose one of \['error', 'drop'\]"),
+    ],
+)
+def test_settings_out_of_range(settings: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        PromptDataModule(SudokuTask(), **settings)
+
+
+def without_mask(folder: Path) -> None:
+    """A tokenizer of whose tokens none has the policy's mask id."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = Tokenizer(models.WordLevel({"<pad>": 0, "a": 2}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokens, pad_token="<pad>").save_pretrained(folder)
+
+
+def other_mask(folder: Path) -> None:
+    character_tokenizer(98, pad_token_id=0, mask_token_id=7).save_pretrained(folder)
+
+
+def other_padding(folder: Path) -> None:
+    character_tokenizer(98, pad_token_id=2, mask_token_id=1).save_pretrained(folder)
+
+
+def too_many(folder: Path) -> None:
+    character_tokenizer(120).save_pretrained(folder)
+
+
+def no_padding(folder: Path) -> None:
+    tokenizer = character_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_mask, r"it has no token for the policy's mask_token_id 1 .*use the tokenizer that"),
+        (other_mask, r"its mask token '<\|mask\|>' has id 7, the policy's mask_token_id is 1"),
+        (other_padding, r"its padding token '<\|endoftext\|>' has id 2, the policy's pad_token_id is 0"),
+        (too_many, r"it has 120 tokens, the policy only 98"),
+        (no_padding, r"it has no padding token; add pad_token"),
+    ],
+)
+def test_a_tokenizer_of_another_policy_stops_before_weights_are_loaded(
+    tiny_folder: Path, make_trainer, tmp_path: Path, monkeypatch, spoil, message: str
+):
+    def must_not_load(*args, **settings):
+        pytest.fail("weights were loaded before the tokenizer was checked")
+
+    monkeypatch.setattr(drift.policy_module, "load_policy", must_not_load)
+    monkeypatch.setattr(drift.module, "load_policy", must_not_load)
+    spoil(tmp_path / "tokenizer")
+    prompts = PromptDataModule(SudokuTask(), tokenizer=str(tmp_path / "tokenizer"))
+    rollout = RolloutCallback(completion_length=16, decode=DECODE, evaluation=DECODE)
+    with pytest.raises(ConfigError, match=rf"data\.tokenizer is .*{message}"):
+        make_trainer(callbacks=[rollout]).fit(RLDFModule(str(tiny_folder)), datamodule=prompts)
+
+
+def test_batches_reach_training_as_they_left_the_stream(tiny_folder: Path, make_trainer, spread_task):
+    seen = []
+
+    class Keep(RolloutCallback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            seen.append(batch)
+
+    rollout = Keep(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
+    prompts = PromptDataModule(spread_task, prompts_per_step=2)
+    make_trainer(3, callbacks=[rollout]).fit(RLDFModule(str(tiny_folder)), datamodule=prompts)
+    assert [batch.positions.tolist() for batch in seen] == [[0, 1], [2, 3], [4, 5]]
+    assert all(torch.equal(batch.rollout.prompt_ids[::2], batch.prompt_ids) for batch in seen)

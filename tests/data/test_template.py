@@ -1,0 +1,83 @@
+import pytest
+
+from drift.contract import ConfigError, Problem
+from drift.data import PromptTemplate
+from drift.models.characters import MASK, character_tokenizer
+
+CHAT = (
+    "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}</{{ turn.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def problem(prompt: str = "2+2?", demonstration: str | None = None) -> Problem:
+    return Problem(prompt=prompt, answer="4", demonstration=demonstration)
+
+
+def template(chat: bool = False, system_prompt: str | None = None, max_length: int = 64) -> PromptTemplate:
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = CHAT if chat else None
+    return PromptTemplate(tokenizer, system_prompt, max_length)
+
+
+@pytest.mark.parametrize(
+    ("chat", "system_prompt", "expected"),
+    [
+        (False, None, "2+2?"),
+        (False, "Be brief.", "Be brief.\n2+2?"),
+        (True, None, "<user>2+2?</user><assistant>"),
+        (True, "Be brief.", "<system>Be brief.</system><user>2+2?</user><assistant>"),
+        (True, "", "<user>2+2?</user><assistant>"),
+    ],
+)
+def test_rendered_text(chat: bool, system_prompt: str | None, expected: str):
+    rendering = template(chat, system_prompt)
+    assert rendering.render(problem()) == expected
+    ids = rendering.encode(problem(), "row 3")
+    assert rendering.tokenizer.decode(ids) == expected
+    assert len(ids) == len(expected) == rendering.num_tokens(problem())
+
+
+def test_the_longest_prompt_fits_and_one_token_more_does_not():
+    rendering = template(max_length=10)
+    assert len(rendering.encode(problem("x" * 10), "row 3")) == 10
+    with pytest.raises(ConfigError) as caught:
+        rendering.encode(problem("x" * 11), "data.train (a.json) row 3")
+    message = str(caught.value)
+    assert message.startswith("data.train (a.json) row 3: its prompt has 11 tokens")
+    assert "data.max_prompt_length is 10; raise it, or set data.long_prompts: drop" in message
+
+
+def test_the_chat_template_counts_too():
+    with pytest.raises(ConfigError, match="has 28 tokens"):
+        template(chat=True, max_length=27).encode(problem(), "row 3")
+
+
+def test_a_prompt_with_the_mask_token_is_refused():
+    with pytest.raises(ConfigError, match=r"^row 3: its prompt holds the mask token '<\|mask\|>'.*drop the row"):
+        template().encode(problem(f"what is {MASK}?"), "row 3")
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ConfigError, match=r"^row 3: its prompt is empty"):
+        template().encode(problem(""), "row 3")
+
+
+def test_demonstrations_are_padded_to_their_length():
+    rendering = template()
+    ids = rendering.encode_demonstration(problem(demonstration="four"), 6, "row 3")
+    assert ids[4:] == [0, 0]
+    assert rendering.tokenizer.decode(ids[:4]) == "four"
+    assert len(rendering.encode_demonstration(problem(demonstration="four"), 4, "row 3")) == 4
+
+
+@pytest.mark.parametrize(
+    ("demonstration", "message"),
+    [
+        (None, "row 3: it has no demonstration; choose a task that has, or unset demonstration_length"),
+        ("five!", r"row 3: its demonstration has 5 tokens, data\.demonstration_length is 4; raise it"),
+    ],
+)
+def test_demonstrations_that_cannot_be_used(demonstration: str | None, message: str):
+    with pytest.raises(ConfigError, match=message):
+        template().encode_demonstration(problem(demonstration=demonstration), 4, "row 3")

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from drift.advantages import group_advantages, select_groups
+
+
+@pytest.mark.parametrize(
+    ("rewards", "group_size", "expected"),
+    [
+        # Mean 0.5, sample std sqrt(0.5) = 0.7071: 0.5 / 0.7071.
+        ([1.0, 0.0, 1.0, 1.0], 2, [0.7071, -0.7071, 0.0, 0.0]),
+        # Mean 0.25, std sqrt((0.5625 + 3 * 0.0625) / 3) = 0.5: 0.75 / 0.5 and -0.25 / 0.5.
+        ([1.0, 0.0, 0.0, 0.0], 4, [1.5, -0.5, -0.5, -0.5]),
+        # Std 0.000707 is below the floor of 0.01: 0.0005 / 0.01.
+        ([0.5, 0.501], 2, [-0.05, 0.05]),
+        ([0.0] * 4, 4, [0.0] * 4),
+        ([1.0] * 4, 2, [0.0] * 4),
+        ([-1.0, 1.0, 3.0], 3, [-1.0, 0.0, 1.0]),
+    ],
+)
+def test_group_advantages(rewards: list[float], group_size: int, expected: list[float]):
+    found = group_advantages(torch.tensor(rewards), group_size)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
+
+
+def test_groups_do_not_see_each_other():
+    rewards = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    found = group_advantages(rewards, 4)
+    for group in range(3):
+        rows = slice(4 * group, 4 * group + 4)
+        torch.testing.assert_close(found[rows], group_advantages(rewards[rows], 4))
+        assert abs(found[rows].sum().item()) < 1e-5
+
+
+# Groups of two: 0 all wrong (10 timesteps), 1 all correct, 2 differs, 3 all wrong (30), 4 half the reward
+# for both, 5 differs, 6 all wrong (20).
+REWARDS = torch.tensor([0, 0, 1, 1, 0, 1, 0, 0, 0.5, 0.5, 1, 0, 0, 0])
+TIMESTEPS = torch.tensor([10, 10, 5, 5, 9, 9, 20, 40, 8, 8, 2, 2, 15, 25])
+
+
+@pytest.mark.parametrize(
+    ("num_groups", "groups"),
+    [
+        (1, [2]),
+        (2, [2, 5]),
+        (3, [1, 2, 5]),  # then all correct, the highest reward first
+        (4, [1, 2, 4, 5]),
+        (5, [1, 2, 3, 4, 5]),  # then all wrong, the most timesteps first
+        (6, [1, 2, 3, 4, 5, 6]),
+        (7, [0, 1, 2, 3, 4, 5, 6]),
+        (99, [0, 1, 2, 3, 4, 5, 6]),
+    ],
+)
+def test_select_groups(num_groups: int, groups: list[int]):
+    found = select_groups(REWARDS, TIMESTEPS, 2, num_groups)
+    assert found.tolist() == [row for group in groups for row in (2 * group, 2 * group + 1)]
+
+
+def test_groups_alike_are_taken_in_their_order():
+    assert select_groups(torch.tensor([0, 1.0] * 4), torch.full((8,), 5), 2, 2).tolist() == [0, 1, 2, 3]

@@ -1,0 +1,469 @@
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+
+import drift.cli
+from drift import __version__
+from drift.cli import run, shipped_configs
+from drift.models.characters import character_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Every command runs in an empty folder: nothing may be found beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def tiny(tiny_folder: Path) -> list[str]:
+    """Arguments that make the quickstart small and quiet."""
+    return [
+        "--config=quickstart",
+        f"--model.policy={tiny_folder}",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.max_steps=1",
+        "--data.prompts_per_step=2",
+        "--data.num_validation=2",
+        "--data.num_test=3",
+        "--rollout.group_size=2",
+        "--progress.refresh_rate=0",
+    ]
+
+
+@pytest.fixture
+def settings(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict]:
+    """What a command would run with."""
+
+    def parsed(command: str, *arguments: str) -> dict:
+        with pytest.raises(SystemExit) as stopped:
+            run([command, *arguments, "--print_config"])
+        assert not stopped.value.code, stopped.value.code
+        return yaml.safe_load(capsys.readouterr().out)
+
+    return parsed
+
+
+@pytest.fixture
+def error(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """The message with which a command stops; it must stop before any training."""
+
+    def message(command: str, *arguments: str) -> str:
+        def must_not_train(*_: object) -> None:
+            pytest.fail("training began")
+
+        monkeypatch.setattr(drift.cli.RLDFModule, "training_step", must_not_train)
+        with pytest.raises(SystemExit) as stopped:
+            run([command, *arguments])
+        assert isinstance(stopped.value.code, str), "a message makes the exit status 1"
+        return stopped.value.code
+
+    return message
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
+    return {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "usage: drift COMMAND"),
+        (["--help"], "usage: drift COMMAND"),
+        (["-h"], "train a policy with RLDF"),
+        (["--version"], f"drift {__version__}"),
+    ],
+)
+def test_help_and_version_need_no_torch(arguments: list[str], words: str):
+    done = python("-X", "importtime", "-m", "drift", *arguments)
+    assert done.returncode == 0
+    assert words in done.stdout
+    assert "drift" in imported(done)
+    assert not imported(done) & {"torch", "lightning", "transformers", "numpy", "jsonargparse", "datasets"}
+
+
+@pytest.mark.parametrize(("command", "nearest"), [("fot", "fit"), ("tset", "test"), ("validation", "validate")])
+def test_an_unknown_command_suggests_the_nearest(command: str, nearest: str):
+    done = python("-X", "importtime", "-m", "drift", command)
+    assert done.returncode == 1
+    assert f"there is no command {command!r}; did you mean {nearest!r}?" in done.stderr
+    assert "fit, sft, validate, test, predict" in done.stderr
+    assert "torch" not in imported(done)
+    assert "Traceback" not in done.stderr
+
+
+def test_help_names_every_command_there_is():
+    from drift.__main__ import _COMMANDS, usage
+
+    assert list(_COMMANDS) == ["fit", "sft", "validate", "test", "predict"]
+    assert all(f"\n  {name} " in usage() for name in _COMMANDS)
+
+
+def test_the_command_works_from_another_folder(tmp_path: Path):
+    """One whole process: what the console script does."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from drift.__main__ import main; main()"
+    arguments = ["fit", "--config", "quickstart", "--model.loss.tauu", "1"]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("drift: error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_command_help_is_printed(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(["fit", "--help"])
+    assert not stopped.value.code
+    out = capsys.readouterr().out
+    assert "usage: drift fit [--config NAME_OR_FILE ...] [--KEY VALUE ...]" in out
+    assert "--rollout.group_size" in out
+    assert "completions of a prompt in training, >= 2" in out
+
+
+def test_shipped_configs_are_found_by_name(settings):
+    found = settings("fit", "--config", "quickstart")
+    assert found["trainer"]["max_steps"] == 40
+    assert found["model"]["policy"] == "sudoku_base"
+    # The base is always there.
+    assert found["trainer"]["val_check_interval"] == 10
+    assert found["trainer"]["num_sanity_val_steps"] == 0
+    assert settings("fit", "--config=quickstart.yaml") == found
+
+
+def test_several_configs_merge_and_the_later_one_wins(settings, tmp_path: Path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model:\n  loss:\n    tau: 0.25\n  sampler:\n    init_args:\n      k: 7\n")
+    found = settings("fit", "--config", "quickstart", "--config", "sampler/weighted", "--config", str(mine))
+    assert found["model"]["loss"] | {"tau": 0.25, "beta": 0.04} == found["model"]["loss"]
+    assert found["model"]["sampler"]["init_args"] == {"k": 7, "temperature": 1.0}
+    found = settings("fit", "--config", "quickstart", "--config", str(mine), "--config", "sampler/weighted")
+    assert found["model"]["sampler"]["init_args"]["k"] == 4
+    found = settings("fit", "--config", "quickstart", "--config", str(mine), "--model.loss.tau", "0.5")
+    assert found["model"]["loss"]["tau"] == 0.5
+    found = settings("fit", "--config=quickstart", "--config=sampler/full")
+    assert found["model"]["sampler"] == {"class_path": "drift.samplers.FullSampler"}
+
+
+def test_a_file_comes_before_a_shipped_config_of_its_name(settings, tmp_path: Path):
+    (tmp_path / "quickstart").write_text("model:\n  policy: sudoku_base\ndata:\n  task: SudokuTask\n")
+    assert settings("fit", "--config", "quickstart")["trainer"]["max_steps"] == 100
+
+
+def test_an_unknown_config_suggests_the_nearest(error):
+    message = error("fit", "--config", "quickstrat")
+    assert message.startswith("drift: error: --config is 'quickstrat': there is no such file and no shipped config")
+    assert "did you mean 'quickstart'?" in message
+    assert all(name in message for name in shipped_configs())
+
+
+def write_package(folder: Path) -> None:
+    (folder / "mine").mkdir()
+    (folder / "mine" / "__init__.py").write_text(
+        textwrap.dedent(
+            """
+            from drift.samplers import UniformSampler
+
+            class LastSampler(UniformSampler):
+                def __init__(self, k: int = 1, shift: float = 0.5) -> None:
+                    super().__init__(k)
+            """
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "class_path", "k"),
+    [
+        (["--model.sampler", "Uniform"], "drift.samplers.UniformSampler", 2),
+        (["--model.sampler", "Uniform", "--model.sampler.k", "3"], "drift.samplers.UniformSampler", 3),
+        (["--model.sampler=Uniform", "--model.sampler.init_args.k=3"], "drift.samplers.UniformSampler", 3),
+        (["--model.sampler=Full"], "drift.samplers.FullSampler", None),
+        (["--model.sampler", "UniformSampler"], "drift.samplers.UniformSampler", 2),
+        (["--model.sampler=drift.samplers.RandomMaskSampler"], "drift.samplers.RandomMaskSampler", 2),
+        (["--model.sampler", "mine.LastSampler"], "mine.LastSampler", 2),
+        (["--model.sampler.class_path=mine.LastSampler", "--model.sampler.k=5"], "mine.LastSampler", 5),
+    ],
+)
+def test_samplers_are_chosen_by_name(
+    settings, tmp_path: Path, monkeypatch, arguments: list[str], class_path: str, k: int | None
+):
+    write_package(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("mine", None)
+    found = settings("fit", "--config", "quickstart", *arguments)["model"]["sampler"]
+    module, name = found["class_path"].rsplit(".", 1)
+    assert (module.partition(".")[0], name) == (class_path.partition(".")[0], class_path.rpartition(".")[2])
+    # The quickstart's k stays where the class has one.
+    assert found.get("init_args", {}).get("k") == k
+
+
+def test_tasks_are_chosen_by_name(settings):
+    arguments = ["--model.policy=sudoku_base", "--rollout.group_size=2"]
+    found = settings("fit", *arguments, "--data.task", "Math", "--data.task.question_field", "problem")
+    assert found["data"]["task"]["class_path"].endswith(".MathTask")
+    assert found["data"]["task"]["init_args"]["question_field"] == "problem"
+
+
+@pytest.mark.parametrize(
+    ("argument", "nearest"),
+    [
+        ("--model.loss.tauu=0.5", "model.loss.tau"),
+        ("--rollout.group_sizes=4", "rollout.group_size"),
+        ("--data.prompts_per_stp=4", "data.prompts_per_step"),
+        ("--trainer.max_step=4", "trainer.max_steps"),
+        ("--checkpoint.evry=4", "checkpoint.every"),
+    ],
+)
+def test_an_unknown_key_suggests_the_nearest(error, argument: str, nearest: str):
+    message = error("fit", "--config=quickstart", argument)
+    assert argument.partition("=")[0].lstrip("-") in message
+    assert message.endswith(f"did you mean {nearest!r}?")
+    assert len(message.splitlines()) == 1
+
+
+def test_an_unknown_key_in_a_file_suggests_the_nearest(error, tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("rollout:\n  group_sizes: 4\n")
+    message = error("fit", "--config=quickstart", f"--config={file}")
+    assert "group_sizes" in message
+    assert "did you mean 'rollout.group_size'?" in message
+
+
+def test_an_unknown_sampler_suggests_the_nearest(error):
+    message = error("fit", "--config=quickstart", "--model.sampler=Unifrm")
+    assert "Unifrm" in message
+    assert "Uniform" in message
+
+
+def test_a_value_of_the_wrong_type_names_the_key(error):
+    message = error("fit", "--config=quickstart", "--trainer.max_steps=many")
+    assert "trainer.max_steps" in message
+    assert "many" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--rollout.group_size=1"], ["rollout.group_size is 1", "set it to 2 or more"]),
+        (["--model.sampler.k=0"], ["k is 0", "set it to 1 or more timesteps"]),
+        (["--rollout.decode.threshold=0"], ["threshold is 0.0", "set it in (0, 1], or null"]),
+        (["--rollout.decode.threshold=1.5"], ["threshold is 1.5", "set it in (0, 1], or null"]),
+        (
+            ["--rollout.completion_length=20"],
+            ["completion_length is 20", "block_length is 16", "must be a multiple of the block length"],
+        ),
+        (["--model.policy=nowhere"], ["model.policy is 'nowhere'", "give the path of", "sudoku_base"]),
+        (["--model.loss.tau=2"], ["tau is 2.0", "set it to a probability in [0, 1]"]),
+        (["--model.optimizer.lr=-1"], ["lr is -1.0", "set it to a positive number"]),
+        (["--model.num_updates=0"], ["model.num_updates is 0", "set it to 1 or more"]),
+        (["--data.max_prompt_length=8"], ["16 tokens", "data.max_prompt_length is 8", "raise it"]),
+        (["--data.task.blanks=[0,3]"], ["blanks=(0, 3)", "within 1 to 12"]),
+        (["--trainer.max_steps=-1"], ["trainer.max_steps is -1", "set the number of steps"]),
+    ],
+)
+def test_bad_settings_name_key_value_and_fix(tiny: list[str], error, arguments: list[str], parts: list[str]):
+    message = error("fit", *tiny, *arguments)
+    assert message.startswith("drift: error: ")
+    assert all(part in message for part in parts), message
+    assert len(message.splitlines()) == 1
+
+
+def corrupt(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def other_mask(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mask_token_id": 97}))
+
+
+def no_mask(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mask_token_id": 98}))
+
+
+def unknown_family(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt2"}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "parts"),
+    [
+        (corrupt, ["model.policy is", "safetensors cannot be read", "copy or download it again"]),
+        (without_weights, ["model.policy is", "it has no *.safetensors weights", "model.safetensors"][:2]),
+        (no_mask, ["data.tokenizer is", "no token for the policy's mask_token_id 98", "use the tokenizer that"]),
+        (other_mask, ["data.tokenizer is", "has id 1, the policy's mask_token_id is 97", "use the tokenizer that"]),
+        (unknown_family, ["model.policy is", "model_type: 'gpt2'", "supported: ['llada'"]),
+    ],
+)
+def test_bad_policy_folders(tiny: list[str], tiny_folder: Path, error, tmp_path: Path, spoil, parts: list[str]):
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    for file in tiny_folder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    spoil(folder)
+    message = error("fit", *tiny, f"--model.policy={folder}")
+    assert message.startswith("drift: error: ")
+    assert str(folder) in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "parts"),
+    [
+        ([{"q": "1+1?"}], [], ["has no field 'question'", "it has ['q']", "set data.task.question_field"]),
+        ([], [], ["is empty or cannot be read", "Correct the data or the path"]),
+        (
+            [{"question": "1+1?", "ground_truth_answer": "2"}],
+            ["--data.max_prompt_length=40"],
+            ["row 0", "tokens, data.max_prompt_length is 40", "raise it, or set data.long_prompts: drop"],
+        ),
+        (None, [], ["does not exist: correct it"]),
+    ],
+)
+def test_bad_data(tiny: list[str], error, tmp_path: Path, rows: list | None, arguments: list, parts: list[str]):
+    file = tmp_path / "rows.jsonl"
+    if rows is not None:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = ["--data.task=drift.tasks.MathTask", f"--data.train.path={file}"]
+    message = error("fit", *tiny, *task, *arguments)
+    assert message.startswith("drift: error: data.train")
+    assert str(file) in message or file.name in message
+    assert all(part in message for part in parts), message
+
+
+def test_nothing_is_left_behind_by_a_command_that_never_trained(tiny: list[str], error, tmp_path: Path):
+    error("fit", *tiny, "--data.train.path=nowhere.json", "--data.task=drift.tasks.MathTask")
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_sample_that_stops_training_is_named(tiny: list[str], monkeypatch, tmp_path: Path):
+    def broken(self, completions, problems):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(drift.rewards.SudokuReward, "__call__", broken)
+    with pytest.raises(SystemExit) as stopped:
+        run(["fit", *tiny, f"--trainer.default_root_dir={tmp_path}"])
+    assert stopped.value.code.startswith("drift: stopped: SudokuReward raised ZeroDivisionError: oh")
+    assert (tmp_path / "rescue.json").exists()
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def equal(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(value, second[key]) for key, value in first.items())
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(tiny: list[str], tmp_path: Path, spread_task, monkeypatch, updates):
+    monkeypatch.setattr(drift.rewards.SudokuReward, "score", lambda _, *args: spread_task.reward.score(*args))
+    common = [
+        *tiny,
+        "--model.optimizer.lr=1e-3",
+        "--model.optimizer.schedule=cosine",
+        "--model.optimizer.warmup_steps=1",
+        f"--model.num_updates={updates}",
+        "--trainer.val_check_interval=2",
+        "--checkpoint.every=2",
+    ]
+
+    def fit(folder: str, *arguments: str) -> dict:
+        run(["fit", *common, f"--checkpoint.dirpath={tmp_path / folder}", *arguments])
+        return load(tmp_path / folder / "last.ckpt")
+
+    whole = fit("whole", "--trainer.max_steps=4")
+    # Stopped after two of the four steps of the schedule.
+    half = fit("half", "--trainer.max_steps=4", "--trainer.max_time=00:00:00:00", "--trainer.min_steps=2")
+    assert half["global_step"] == 2
+    resumed = fit("resumed", "--trainer.max_steps=4", f"--ckpt_path={tmp_path / 'half' / 'last.ckpt'}")
+    assert whole["global_step"] == resumed["global_step"] == 4
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert equal(whole[key], resumed[key]), key
+    assert not equal(half["state_dict"], whole["state_dict"])
+    assert not equal(half["optimizer_states"], whole["optimizer_states"])
+
+
+def test_the_command_line_and_never_the_checkpoint_has_the_settings(tiny: list[str], tmp_path: Path):
+    run(["fit", *tiny, f"--checkpoint.dirpath={tmp_path}"])
+    checkpoint = load(tmp_path / "last.ckpt")
+    assert "hyper_parameters" not in checkpoint
+    assert all(key.startswith("policy.") for key in checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize(("command", "file"), [("validate", "val.json"), ("test", "test.json")])
+def test_evaluation_of_a_checkpoint_writes_results(tiny: list[str], tmp_path: Path, command: str, file: str, capsys):
+    run(["fit", *tiny, f"--checkpoint.dirpath={tmp_path}"])
+    run([command, *tiny, f"--ckpt_path={tmp_path / 'last.ckpt'}", f"--summary.path={tmp_path / file}"])
+    results = json.loads((tmp_path / file).read_text())
+    assert results["num"] == {"validate": 2, "test": 3}[command]
+    assert results["checkpoint"].endswith("last.ckpt")
+    # Lightning's own table would say the same again.
+    out = capsys.readouterr().out
+    assert out.count("accuracy_low") == 0
+    assert "--- " in out
+
+
+def test_predict_writes_answers(tiny: list[str], tmp_path: Path):
+    run(["predict", *tiny, f"--predictions.path={tmp_path / 'answers.jsonl'}"])
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [line["position"] for line in lines] == [0, 1, 2]
+
+
+def test_sft_and_export_make_a_policy_that_can_be_trained(tiny_folder: Path, tmp_path: Path):
+    common = [
+        f"--model.policy={tiny_folder}",
+        "--trainer.accelerator=cpu",
+        "--trainer.logger=false",
+        "--trainer.max_steps=2",
+        "--trainer.limit_val_batches=0",
+        "--progress.refresh_rate=0",
+        "--data.prompts_per_step=2",
+        f"--checkpoint.dirpath={tmp_path / 'sft'}",
+    ]
+    run(["sft", "--config=sudoku_base", *common, f"--export.folder={tmp_path / 'policy'}"])
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "policy").iterdir()}
+    common[0] = f"--model.policy={tmp_path / 'policy'}"
+    run(["fit", "--config=quickstart", *common, "--rollout.group_size=2"])
+    assert load(tmp_path / "sft" / "last.ckpt")["global_step"] == 2
+
+
+def test_settings_are_kept_beside_the_run(tiny: list[str], tmp_path: Path):
+    arguments = [a for a in tiny if not a.startswith("--trainer.logger")]
+    run(["fit", *arguments, f"--trainer.logger.save_dir={tmp_path / 'runs'}", "--model.loss.tau=0.125"])
+    folder = tmp_path / "runs" / "quickstart" / "version_0"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["loss"]["tau"] == 0.125
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+
+
+def test_the_shipped_tokenizer_is_the_character_tokenizer():
+    from drift.models import load_tokenizer
+
+    assert load_tokenizer("sudoku_base").get_vocab() == character_tokenizer().get_vocab()

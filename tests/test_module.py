@@ -1,0 +1,545 @@
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch import Tensor
+
+import drift.callbacks.rollout
+import drift.module
+from drift.callbacks import FeedbackCallback, RescueCallback, RolloutCallback
+from drift.contract import ConfigError, PromptBatch, Rollout, SampleError
+from drift.data import PromptDataModule
+from drift.losses import LossConfig
+from drift.models import load_policy
+from drift.module import RLDFModule
+from drift.optimizer import OptimizerConfig
+from drift.randomness import fold
+from drift.rewards.base import PerSampleReward
+from drift.rollout import DenoiseConfig
+from drift.samplers import FullSampler, WeightedSampler
+
+DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
+LR = 1e-5
+# As they were before any recorder, of which a test may use several.
+CLIP_GRADIENTS, TOKEN_LOGPROBS = drift.module.clip_gradients, drift.module.token_logprobs
+
+
+class Recorder(Callback):
+    """Keeps the batches with their rollouts, the gradients before clipping, and the weights after every step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[PromptBatch] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.weights: list[dict[str, Tensor]] = []
+        self.num_states: list[int] = []
+        self.rows: list[set[int]] = []
+        self.scored_by: list[object] = []
+        self.policy: torch.nn.Module
+
+        def record_gradients(parameters, max_norm):
+            self.gradients.append(
+                {n: p.grad.clone() for n, p in self.policy.named_parameters() if p.grad is not None}
+            )
+            return CLIP_GRADIENTS(parameters, max_norm)
+
+        def record_rows(policy, batch, **settings):
+            self.num_states.append(len(batch))
+            self.rows.append(set(batch.row.tolist()))
+            self.scored_by.append(policy)
+            return TOKEN_LOGPROBS(policy, batch, **settings)
+
+        monkeypatch.setattr(drift.module, "clip_gradients", record_gradients)
+        monkeypatch.setattr(drift.module, "token_logprobs", record_rows)
+
+    def on_train_start(self, trainer, pl_module):
+        self.policy = pl_module.policy
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append(deepcopy(batch))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights.append(snapshot(pl_module.policy))
+
+
+def snapshot(policy: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in policy.named_parameters()}
+
+
+@pytest.fixture
+def train(
+    tiny_folder: Path,
+    spread_task,
+    make_trainer: Callable[..., Trainer],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Trains the tiny policy; gives back the module and what was recorded."""
+
+    def run(steps: int = 1, callbacks: tuple[Callback, ...] = (), reward=None, **settings):
+        if reward is not None:
+            spread_task.reward = reward
+        settings = {
+            "sampler": WeightedSampler(k=2),
+            "optimizer": OptimizerConfig(lr=LR, gradient_clip=0.5),
+        } | settings
+        module = RLDFModule(str(tiny_folder), **settings)
+        recorder = Recorder(monkeypatch)
+        rollout = RolloutCallback(group_size=4, completion_length=16, decode=DECODE, evaluation=DECODE)
+        trainer = make_trainer(steps, callbacks=[rollout, *callbacks, recorder])
+        try:
+            trainer.fit(module, datamodule=PromptDataModule(spread_task, prompts_per_step=3))
+        finally:
+            recorder.trainer = trainer
+        return module, recorder
+
+    return run
+
+
+def plain_logprobs(policy, rollout: Rollout, masked: Tensor) -> Tensor:
+    """[K,N,C] log-probabilities of the clean tokens, one unpadded pass over the whole sequence for every noisy state."""
+    rows = []
+    for slot, row in product(range(masked.shape[0]), range(masked.shape[1])):
+        prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
+        state = torch.where(masked[slot, row], policy.mask_token_id, rollout.completion_ids[row])
+        logits = policy.logits(torch.cat((prompt, state))[None])[0, len(prompt) :].clone()
+        logits[:, policy.mask_token_id] = -torch.inf
+        rows.append(logits.log_softmax(dim=-1)[torch.arange(len(state)), rollout.completion_ids[row]])
+    return torch.stack(rows).unflatten(0, masked.shape[:2])
+
+
+def plain_advantages(rewards: Tensor, group_size: int = 4) -> Tensor:
+    groups = [rewards[i : i + group_size] for i in range(0, len(rewards), group_size)]
+    return torch.cat([(group - group.mean()) / max(float(group.std()), 1e-2) for group in groups])
+
+
+def plain_training(
+    oracle: ModuleType, folder: Path, rollout: Rollout, loss: LossConfig, num_updates: int, reference_folder: Path
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Gradients before clipping and weights after each of the updates of one rollout, computed slowly."""
+    policy, first, reference = load_policy(folder), load_policy(folder), load_policy(reference_folder)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
+    gradients, weights = [], []
+    for update in range(num_updates):
+        keyed = replace(rollout, seeds=fold(rollout.seeds, -1, update))
+        plan = WeightedSampler(k=2).plan(keyed)
+        with torch.no_grad():
+            old = plain_logprobs(first, rollout, plan.masked) if num_updates > 1 else None
+            kl = plain_logprobs(reference, rollout, plan.masked) if loss.beta else None
+        found = oracle.loss(
+            logp=plain_logprobs(policy, rollout, plan.masked),
+            masked=plan.masked,
+            current=plan.current,
+            valid=rollout.completion_mask,
+            weight=plan.weight,
+            advantages=plain_advantages(rollout.rewards.sum(dim=1)),
+            tau=loss.tau,
+            beta=loss.beta,
+            kl=loss.kl,
+            eps_low=loss.eps_low,
+            eps_high=loss.eps_high,
+            entropy_coeff=0.0,
+            normalisation=loss.normalisation,
+            old=old,
+            reference=kl,
+        )
+        optimizer.zero_grad()
+        found["loss"].backward()
+        gradients.append({name: p.grad.clone() for name, p in policy.named_parameters()})
+        norm = torch.stack([p.grad.square().sum() for p in policy.parameters()]).sum().sqrt()
+        for parameter in policy.parameters():
+            parameter.grad *= min(1.0, 0.5 / float(norm))
+        optimizer.step()
+        weights.append(snapshot(policy))
+    return gradients, weights
+
+
+def assert_same_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    largest = max(float(value.abs().max()) for value in expected.values())
+    assert largest > 1e-2, "nothing to compare"
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6 * max(largest, 1.0), msg=name)
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory, make_policy) -> Path:
+    """A policy near the tiny one: a reference that it differs from at the start."""
+    folder = tmp_path_factory.mktemp("other")
+    policy = make_policy(vocab_size=98)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in policy.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    policy.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("num_updates", [1, 2])
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("tau", [0.0, 0.6])
+@pytest.mark.parametrize("normalisation", ["token", "sample"])
+def test_steps_are_those_of_the_plain_computation_at_any_micro_batch_size(
+    train, oracle, tiny_folder, other_folder, normalisation: str, tau: float, beta: float, num_updates: int
+):
+    # Narrow clips, so that a learning rate of 1e-5 reaches them at the second update.
+    loss = LossConfig(tau=tau, beta=beta, normalisation=normalisation, eps_low=1e-4, eps_high=2e-4)
+    results = [
+        train(num_updates, loss=loss, num_updates=num_updates, micro_batch_size=size, reference=str(other_folder))[1]
+        for size in (1, 7, 1000)
+    ]
+    rollout = results[0].batches[0].rollout
+    assert rollout is not None
+    assert (plain_advantages(rollout.rewards.sum(dim=1)) != 0).all()
+    gradients, weights = plain_training(oracle, tiny_folder, rollout, loss, num_updates, other_folder)
+    for recorder in results:
+        assert len(recorder.gradients) == num_updates
+        for update in range(num_updates):
+            assert_same_gradients(recorder.gradients[update], gradients[update])
+            for name, value in weights[update].items():
+                torch.testing.assert_close(
+                    recorder.weights[update][name], value, rtol=0, atol=1e-6, msg=f"{name} after update {update}"
+                )
+    moved = max(float((weights[-1][n] - p).abs().max()) for n, p in snapshot(load_policy(tiny_folder)).items())
+    assert moved > LR / 2
+
+
+def test_one_micro_batch_is_scored_once_and_several_twice_where_the_denominator_needs_it(train):
+    # 3 prompts x 4 completions x 2 timesteps = 24 noisy states, fewer where a row is all padding.
+    _, whole = train(loss=LossConfig(tau=0.6))
+    _, parts = train(loss=LossConfig(tau=0.6), micro_batch_size=10)
+    _, no_clip = train(loss=LossConfig(tau=0.0), micro_batch_size=10)
+    assert whole.num_states == [24]
+    assert parts.num_states == [10, 10, 4] * 2
+    assert no_clip.num_states == [10, 10, 4]
+
+
+class FlatFor(PerSampleReward):
+    """The same reward for every completion of some prompts, a different one for each of the others."""
+
+    def __init__(self, flat: set[str]) -> None:
+        self.flat = flat
+
+    def score(self, completion, problem):
+        if problem.prompt in self.flat:
+            return 0.5
+        return sum(place * ord(letter) for place, letter in enumerate(completion, start=1)) % 97 / 97
+
+
+def prompts_of_first_step(task) -> list[str]:
+    return [task.row("train", place)["puzzle"] for place in range(3)]
+
+
+def test_rows_without_advantage_cost_nothing_without_kl(train, spread_task):
+    reward = FlatFor({prompts_of_first_step(spread_task)[1]})
+    _, without_kl = train(reward=reward, loss=LossConfig(tau=0.0))
+    _, with_kl = train(reward=reward, loss=LossConfig(tau=0.0, beta=0.1))
+    assert set().union(*without_kl.rows) == {0, 1, 2, 3, 8, 9, 10, 11}
+    assert sum(without_kl.num_states) == 16
+    # The policy and the reference.
+    assert set().union(*with_kl.rows) == set(range(12))
+    assert sum(with_kl.num_states) == 48
+
+
+def test_groups_without_spread_leave_the_weights_alone(train, tiny_folder, spread_task):
+    reward = FlatFor(set(prompts_of_first_step(spread_task)))
+    module, recorder = train(reward=reward, optimizer=OptimizerConfig(lr=0.1, weight_decay=0.5))
+    assert recorder.num_states == []
+    assert module.trainer.global_step == 1
+    before = load_policy(tiny_folder).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in module.policy.state_dict().items())
+
+
+def test_train_groups_picks_the_groups_whose_rewards_differ(train, spread_task):
+    reward = FlatFor(set(prompts_of_first_step(spread_task)[:2]))
+    module, recorder = train(reward=reward, train_groups=1, loss=LossConfig(beta=0.1))
+    rollout = recorder.batches[0].rollout
+    assert torch.equal(module.learned.completion_ids, rollout.completion_ids[8:])
+    # One group of 4 rows, two timesteps each; the policy and the reference.
+    assert recorder.num_states == [8, 8]
+    expected = plain_advantages(rollout.rewards[8:].sum(dim=1))
+    torch.testing.assert_close(module.learned.advantages, expected)
+
+
+@pytest.fixture
+def count_rollouts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    calls: list[int] = []
+    rollout_groups = drift.callbacks.rollout.rollout_groups
+
+    def counted(policy, batch, *args, **settings):
+        calls.append(batch.update)
+        return rollout_groups(policy, batch, *args, **settings)
+
+    monkeypatch.setattr(drift.callbacks.rollout, "rollout_groups", counted)
+    return calls
+
+
+def test_one_rollout_serves_all_its_updates(train, count_rollouts):
+    module, recorder = train(5, num_updates=3)
+    assert count_rollouts == [0, 0]
+    assert module.trainer.global_step == 5
+    assert [batch.update for batch in recorder.batches] == [0, 1, 2, 0, 1]
+    assert [batch.positions.tolist() for batch in recorder.batches] == [[0, 1, 2]] * 3 + [[3, 4, 5]] * 2
+    assert [batch.rollout is None for batch in recorder.batches] == [False, True, True, False, True]
+
+
+def test_every_update_draws_its_own_plan_and_compares_with_the_weights_of_the_rollout(
+    train, tiny_folder, monkeypatch
+):
+    seen = []
+    rldf_loss = drift.module.rldf_loss
+
+    def record(policy, states, config, **settings):
+        output = rldf_loss(policy, states, config, **settings)
+        seen.append((states, settings["old"].logp.clone(), policy.logp.detach().clone(), output.parts["ratio"]))
+        return output
+
+    monkeypatch.setattr(drift.module, "rldf_loss", record)
+    module, recorder = train(
+        2, num_updates=2, loss=LossConfig(tau=0.0), optimizer=OptimizerConfig(lr=1e-3), sampler=WeightedSampler(k=1)
+    )
+    (first, old_first, now_first, ratio_first), (second, old_second, now_second, ratio_second) = seen
+    assert torch.equal(old_first, now_first)
+    torch.testing.assert_close(ratio_first, torch.tensor(1.0))
+    assert not torch.equal(first.scored, second.scored), "the second update must draw a plan of its own"
+    before = load_policy(tiny_folder)
+    with torch.no_grad():
+        logits = before.logits(second.input_ids, second.attention_mask)[:, -16:]
+    logits[..., before.mask_token_id] = -torch.inf
+    expected = logits.log_softmax(dim=-1).gather(-1, second.targets[..., None])[..., 0]
+    torch.testing.assert_close(old_second[second.scored], expected[second.scored], rtol=0, atol=1e-5)
+    assert (now_second - old_second).abs().max() > 1e-3
+    assert abs(float(ratio_second) - 1) > 1e-4
+    # Looking back with the old weights leaves the new ones in place.
+    assert all(torch.equal(recorder.weights[1][n], p) for n, p in module.policy.named_parameters())
+
+
+def test_looking_back_puts_the_weights_back_even_on_an_error(train, monkeypatch):
+    score_parts, weights = RLDFModule._score_parts, []
+
+    def fail_at_second(self, noisy, parts):
+        weights.append(snapshot(self.policy))
+        if len(weights) == 2:
+            raise RuntimeError("no luck")
+        return score_parts(self, noisy, parts)
+
+    monkeypatch.setattr(RLDFModule, "_score_parts", fail_at_second)
+    now = {}
+
+    class Keep(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            now.update(snapshot(pl_module.policy))
+
+    keep = Keep()
+    recorders = []
+
+    class Steps(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            recorders.append(snapshot(pl_module.policy))
+
+    with pytest.raises(RuntimeError, match="no luck"):
+        train(2, callbacks=(keep, Steps()), num_updates=2)
+    changed = [n for n in now if not torch.equal(weights[0][n], weights[1][n])]
+    assert not changed, "the second look is with the weights of the rollout"
+    assert any(not torch.equal(now[n], weights[0][n]) for n in now)
+    assert all(torch.equal(now[n], recorders[0][n]) for n in now)
+
+
+@pytest.mark.parametrize("micro_batch_size", [5, 1000])
+def test_feedback_refreshes_exactly_the_tokens_that_were_scored_at_their_own_timestep(
+    train, tiny_folder, micro_batch_size: int
+):
+    probs = []
+
+    class Probs(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            probs.append(pl_module.learned.token_probs.clone())
+
+    module, recorder = train(
+        2,
+        callbacks=(FeedbackCallback(), Probs()),
+        num_updates=3,
+        sampler=WeightedSampler(k=1),
+        optimizer=OptimizerConfig(lr=1e-2),
+        micro_batch_size=micro_batch_size,
+    )
+    rollout = recorder.batches[0].rollout
+    before = rollout.token_probs
+    for update, weights in enumerate([snapshot(load_policy(tiny_folder)), recorder.weights[0]]):
+        keyed = replace(rollout, token_probs=before, seeds=fold(rollout.seeds, -1, update))
+        plan = WeightedSampler(k=1).plan(keyed)
+        policy = load_policy(tiny_folder)
+        policy.load_state_dict(weights)
+        with torch.no_grad():
+            fresh = plain_logprobs(policy, rollout, plan.masked).exp()[0]
+        scored = plan.current[0] & rollout.completion_mask
+        assert scored.any(dim=1).all()
+        assert not scored.all()
+        torch.testing.assert_close(probs[update][scored], fresh[scored], rtol=1e-4, atol=1e-6)
+        assert torch.equal(probs[update][~scored], before[~scored])
+        if update == 1:
+            assert (probs[update] - before).abs().max() > 1e-3
+        before = probs[update]
+
+
+def test_reference_is_frozen_and_belongs_to_nobody(train, tiny_folder):
+    module, recorder = train(
+        2, loss=LossConfig(beta=0.1), callbacks=(), optimizer=OptimizerConfig(lr=1e-2)
+    )
+    reference = module.reference
+    assert not reference.training
+    assert module.policy.training
+    assert not any(p.requires_grad for p in reference.parameters())
+    before = load_policy(tiny_folder).state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in reference.state_dict().items())
+    assert any(not torch.equal(value, before[name]) for name, value in module.policy.state_dict().items())
+    mine = {id(p) for p in reference.parameters()}
+    assert not mine & {id(p) for p in module.parameters()}
+    groups = module.trainer.optimizers[0].param_groups
+    assert not mine & {id(p) for group in groups for p in group["params"]}
+    assert all(name.startswith("policy.") for name in module.state_dict())
+    assert len([key for key in module.state_dict() if key.startswith("policy.")]) == len(before)
+    module.train()
+    assert not reference.training
+
+
+def test_no_reference_is_loaded_without_kl(train):
+    module, _ = train(loss=LossConfig(beta=0.0))
+    assert module.reference is None
+
+
+def test_rollouts_see_the_policy_in_evaluation_mode_and_updates_in_training_mode(train, monkeypatch):
+    modes = []
+    rollout_groups, score = drift.callbacks.rollout.rollout_groups, RLDFModule._score
+
+    def rolled(policy, *args, **settings):
+        modes.append(("rollout", policy.training, torch.is_grad_enabled()))
+        return rollout_groups(policy, *args, **settings)
+
+    def scored(module, policy, states):
+        modes.append(("update", policy.training, torch.is_grad_enabled()))
+        return score(module, policy, states)
+
+    monkeypatch.setattr(drift.callbacks.rollout, "rollout_groups", rolled)
+    monkeypatch.setattr(RLDFModule, "_score", scored)
+    train()
+    assert modes == [("rollout", False, False), ("update", True, True)]
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_numbers_that_are_not_finite_stop_before_they_reach_the_weights(
+    train, monkeypatch, tmp_path: Path, where: str
+):
+    rldf_loss, steps = drift.module.rldf_loss, []
+
+    def broken(*args, **settings):
+        output = rldf_loss(*args, **settings)
+        steps.append(output)
+        if len(steps) < 2:
+            return output
+        if where == "loss":
+            return replace(output, loss=output.loss * torch.nan)
+        # sqrt has an infinite slope at 0: the loss is finite, its gradient is not.
+        return replace(output, loss=output.loss + (output.loss - output.loss.detach()).clamp(min=0).sqrt())
+
+    monkeypatch.setattr(drift.module, "rldf_loss", broken)
+    kept = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            kept.append((snapshot(pl_module.policy), deepcopy(trainer.optimizers[0].state_dict())))
+
+    with pytest.raises(SampleError, match=r"is nan at step 1: the weights are as before") as caught:
+        train(3, callbacks=(RescueCallback(), Keep()))
+    assert len(kept) == 1
+    checkpoint = torch.load(tmp_path / "rescue.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
+    for name, value in kept[0][0].items():
+        assert torch.equal(checkpoint["state_dict"][f"policy.{name}"], value), name
+    for number, state in kept[0][1]["state"].items():
+        saved = checkpoint["optimizer_states"][0]["state"][number]
+        assert all(torch.equal(saved[key], state[key]) for key in state)
+    written = json.loads((tmp_path / "rescue.json").read_text())
+    assert written["step"] == 1
+    assert written["positions"] == [3, 4, 5]
+    assert len(written["prompts"]) == 3
+    assert written["message"] == str(caught.value)
+    assert "model.optimizer.lr" in written["message"]
+    assert all(len(ids) == 16 for ids in written["completion_ids"])
+    assert len(written["completion_ids"]) == len(written["advantages"]) == (12 if where == "loss" else 0)
+
+
+def test_norms_are_not_decayed(train, tiny_folder):
+    decayed, _ = train(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.5))
+    plain, _ = train(optimizer=OptimizerConfig(lr=1e-3, weight_decay=0.0))
+    before = snapshot(load_policy(tiny_folder))
+    ones = dict(plain.policy.named_parameters())
+    num_norms = 0
+    for name, value in decayed.policy.named_parameters():
+        if value.dim() == 1:
+            num_norms += 1
+            assert torch.equal(value, ones[name]), name
+        else:
+            # AdamW's decay: w -= lr * decay * w.
+            expected = ones[name] - 1e-3 * 0.5 * before[name]
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-6, msg=name)
+    assert num_norms == 5
+
+
+def test_schedule_is_stepped_once_a_step(train):
+    module, _ = train(3, optimizer=OptimizerConfig(lr=1e-3, warmup_steps=4))
+    # 3 of 4 warm-up steps are done: the next one has 3/4 of the learning rate.
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(7.5e-4)
+
+
+def test_full_sampler_visits_every_timestep(train):
+    _, recorder = train(sampler=FullSampler(), micro_batch_size=1000)
+    rollout = recorder.batches[0].rollout
+    real = [
+        {int(t) for t, good in zip(steps, valid, strict=True) if good}
+        for steps, valid in zip(rollout.step_map, rollout.completion_mask, strict=True)
+    ]
+    assert sum(recorder.num_states) == sum(len(steps) for steps in real)
+
+
+def test_logged_loss_and_counts(train, monkeypatch):
+    module, recorder = train(loss=LossConfig(tau=0.6, beta=0.2), micro_batch_size=5)
+    logged = module.trainer.callback_metrics
+    _, whole = train(loss=LossConfig(tau=0.6, beta=0.2), micro_batch_size=1000)
+    other = whole.trainer.callback_metrics
+    assert logged["update/noisy_states"] == 24
+    for name in ("loss/total", "loss/policy", "loss/kl", "loss/kept_share", "update/grad_norm"):
+        torch.testing.assert_close(logged[name], other[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert 0 < logged["loss/kept_share"] < 1
+    norm = torch.stack([g.square().sum() for g in recorder.gradients[0].values()]).sum().sqrt()
+    torch.testing.assert_close(logged["update/grad_norm"], norm)
+    assert "loss/ratio" not in logged
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_updates": 0}, r"model\.num_updates is 0: set it to 1 or more"),
+        ({"train_groups": -1}, r"model\.train_groups is -1: set it to 1 or more"),
+        ({"micro_batch_size": 0}, r"model\.micro_batch_size is 0: set it to 1 or more"),
+        ({"dtype": "float16"}, r"model\.dtype is 'float16': choose one of"),
+        ({"policy": "nowhere"}, r"model\.policy is 'nowhere': there is no such folder"),
+    ],
+)
+def test_settings_out_of_range(tiny_folder: Path, settings: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        RLDFModule(**{"policy": str(tiny_folder)} | settings)
+
+
+def test_train_groups_of_0_is_refused(tiny_folder: Path):
+    with pytest.raises(ConfigError, match=r"model\.train_groups is 0"):
+        RLDFModule(str(tiny_folder), train_groups=0)
+
+
+def test_training_without_rollouts_says_which_callback_is_missing(tiny_folder, spread_task, make_trainer):
+    with pytest.raises(ConfigError, match=r"RolloutCallback"):
+        make_trainer().fit(RLDFModule(str(tiny_folder)), datamodule=PromptDataModule(spread_task))

@@ -1,0 +1,125 @@
+"""Every command and every piece of Python in the README runs, on small sizes."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from drift.cli import run
+from drift.contract import Rollout
+from drift.models import LLaDA, LLaDAConfig
+from drift.models.characters import character_tokenizer
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+SMALL = {
+    "fit": "--trainer.max_steps 2 --trainer.val_check_interval 1 --data.num_validation 4 --data.prompts_per_step 2 "
+    "--rollout.group_size 2",
+    "sft": "--trainer.max_steps 1 --trainer.val_check_interval 1 --data.num_validation 4 --data.prompts_per_step 2",
+    "test": "--data.num_test 4",
+    "predict": "--data.num_test 4",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in text.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_line_of_the_shell_blocks_is_a_known_command():
+    assert len(commands()) >= 10
+    assert {line.split()[0] for line in commands()} == {"drift", "make"}
+
+
+def test_make_commands_exist():
+    targets = (Path(__file__).resolve().parent.parent / "Makefile").read_text(encoding="utf-8")
+    for line in commands():
+        if line.startswith("make"):
+            assert re.search(rf"^{line.split()[1]}:", targets, re.MULTILINE), line
+
+
+@pytest.fixture
+def playground(tmp_path, monkeypatch):
+    """A folder with what a user's own files would be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_overlay.yaml").write_text("model:\n  optimizer:\n    lr: 2.0e-4\n", encoding="utf-8")
+    (tmp_path / "my_package.py").write_text(
+        "from drift.samplers import UniformSampler\n\n\nclass MySampler(UniformSampler):\n    pass\n", encoding="utf-8"
+    )
+    return tmp_path
+
+
+def test_quickstart_commands_run_in_their_order(playground, capsys):
+    ran = [line for line in commands() if line.startswith("drift") and "llada_math" not in line]
+    assert len(ran) >= 9
+    for line in ran:
+        arguments = shlex.split(line)[1:]
+        # An uninterrupted resume needs more steps than the checkpoint has.
+        small = SMALL[arguments[0]].replace("max_steps 2", "max_steps 3" if "--ckpt_path" in line else "max_steps 2")
+        if "--print_config" in line:
+            with pytest.raises(SystemExit) as stopped:
+                run(arguments)
+            assert stopped.value.code in (0, None)
+        else:
+            run(arguments + shlex.split(small))
+    shown = capsys.readouterr().out
+    assert "--- test ---" in shown
+    assert "--- summary ---" in shown
+    assert (playground / "runs/quickstart/version_0/checkpoints/best.ckpt").is_file()
+
+
+def test_llada_math_command_runs_on_a_tiny_policy(playground):
+    rows = [{"question": f"What is {i} + 1?", "ground_truth_answer": str(i + 1)} for i in range(4)]
+    for name in ("MATH_train.json", "MATH500.json"):
+        (playground / name).write_text(json.dumps(rows), encoding="utf-8")
+    config = LLaDAConfig(
+        d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=32, vocab_size=98, mask_token_id=1, pad_token_id=0
+    )
+    LLaDA(config).save_pretrained(playground / "FOLDER")
+    character_tokenizer().save_pretrained(playground / "FOLDER")
+    (line,) = [line for line in commands() if "llada_math" in line]
+    small = "--trainer.max_steps 1 --rollout.completion_length 32 --data.prompts_per_step 2 --model.train_groups 1"
+    run(shlex.split(line)[1:] + shlex.split(small))
+    assert list(playground.glob("runs/llada_math/version_0/checkpoints/last.ckpt"))
+
+
+def test_python_of_the_readme_trains(playground, capsys):
+    training = next(block for block in blocks("python") if "Trainer(" in block)
+    assert len([line for line in training.splitlines() if line.strip()]) <= 18
+    for long, short in (
+        ("max_steps=40", "max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False"),
+        ("prompts_per_step=16", "prompts_per_step=2, num_test=4, num_validation=4"),
+        ("group_size=8", "group_size=2"),
+    ):
+        assert long in training
+        training = training.replace(long, short)
+    names: dict[str, object] = {}
+    exec(training, names)
+    assert names["trainer"].global_step == 1  # type: ignore[attr-defined]
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_sampler_of_the_readme_plans():
+    source = next(block for block in blocks("python") if "LastTimestep" in block)
+    names: dict[str, type] = {}
+    exec(source, names)
+    rollout = Rollout(
+        prompt_ids=torch.zeros(2, 1, dtype=torch.long),
+        prompt_mask=torch.ones(2, 1, dtype=torch.bool),
+        completion_ids=torch.ones(2, 3, dtype=torch.long),
+        completion_mask=torch.tensor([[True, True, False], [False, False, False]]),
+        step_map=torch.tensor([[0, 1, 2], [0, 1, 2]]),
+    )
+    plan = names["LastTimestep"]().plan(rollout)
+    # Row 0: the last timestep with a valid token is 1; position 2 came after it and is masked too. Row 1 has none.
+    assert plan.masked.tolist() == [[[False, True, True], [False, False, False]]]
+    assert plan.current.tolist() == [[[False, True, False], [False, False, False]]]
+    assert plan.weight.tolist() == [[1.0, 0.0]]
