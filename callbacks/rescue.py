@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from drift.contract import SampleError
@@ -19,9 +18,16 @@ class RescueCallback(Callback):
     goes on from there.
     """
 
+    def __init__(self) -> None:
+        self.started = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is something to keep."""
+        self.started = True
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves, and says where."""
-        if trainer.state.fn != TrainerFn.FITTING or not isinstance(exception, Exception):
+        """Saves, and says where; an interrupt by hand is no error."""
+        if not self.started or not isinstance(exception, Exception):
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)

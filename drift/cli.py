@@ -117,7 +117,9 @@ def run(arguments: Sequence[str]) -> None:
     command, *rest = arguments
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_news)
     module: type[PolicyModule] = SFTModule if command == "sft" else RLDFModule
     method = "fit" if command == "sft" else command
     try:

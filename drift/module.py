@@ -41,7 +41,7 @@ class RLDFModule(PolicyModule):
         policy: a Hugging Face folder, the bare name of a policy that comes with drift, or a hub id.
         reference: the same for the frozen reference of the KL; None: the policy as it was at the start. It is
             loaded only where loss.beta > 0.
-        sampler: which denoising timesteps the policy gradient is estimated from.
+        sampler: denoising timesteps that the gradient is estimated from; None: `WeightedSampler`.
         loss: settings of the policy loss.
         optimizer: settings of AdamW.
         num_updates: optimizer steps from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.

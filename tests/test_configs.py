@@ -106,7 +106,6 @@ def test_the_base_is_safe_and_counts_steps(instantiate):
 
 
 def test_llada_math_has_the_papers_settings(instantiate):
-    # bf16 runs on the tests' processor too, but is not what is looked at here.
     cli = instantiate("fit", "--config=llada_math")
     module, data = cli.model, cli.datamodule
     (rollout,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
@@ -137,26 +136,30 @@ def test_llada_math_trains_resumes_and_tests(golden: Path, shared: Path, tmp_pat
     for name in ("config.json", "model.safetensors"):
         (policy / name).write_bytes((golden / "models" / "llada_tiny" / name).read_bytes())
     character_tokenizer(512, pad_token_id=480, mask_token_id=500).save_pretrained(policy)
-    for name, num in (("MATH_train", 40), ("MATH500", 6)):
+    for name, num in (("MATH_train", 12), ("MATH500", 4)):
         rows = json.loads((shared / "data" / f"{name}.json").read_text())
         (tmp_path / f"{name}.json").write_text(json.dumps(rows[:num]))
+    # One token a character: longer prompts are dropped, as the recipe says.
+    tests = [MathTask().problem(row).prompt for row in json.loads((tmp_path / "MATH500.json").read_text())[:4]]
+    num_tests = sum(len(prompt) <= 250 for prompt in tests)
+    assert 0 < num_tests < 4
     arguments = [
         "--config=llada_math",
         f"--model.policy={policy}",
         f"--data.train.path={tmp_path / 'MATH_train.json'}",
         f"--data.validation.path={tmp_path / 'MATH500.json'}",
         f"--data.test.path={tmp_path / 'MATH500.json'}",
-        "--data.validation.limit=2",
-        "--data.test.limit=3",
-        "--data.max_prompt_length=256",
-        "--data.prompts_per_step=3",
+        "--data.validation.limit=4",
+        "--data.test.limit=4",
+        "--data.max_prompt_length=250",
+        "--data.prompts_per_step=2",
         "--data.evaluation_batch_size=4",
-        "--model.train_groups=2",
+        "--model.train_groups=1",
         "--model.micro_batch_size=16",
         "--rollout.group_size=2",
         "--rollout.completion_length=64",
         "--trainer.accelerator=cpu",
-        "--trainer.val_check_interval=2",
+        "--trainer.val_check_interval=3",
         f"--trainer.logger.save_dir={tmp_path / 'runs'}",
         "--progress.refresh_rate=0",
     ]
@@ -169,6 +172,6 @@ def test_llada_math_trains_resumes_and_tests(golden: Path, shared: Path, tmp_pat
     assert torch.load(resumed, weights_only=True)["global_step"] == 3
     run(["test", *arguments, f"--ckpt_path={resumed}", f"--summary.path={tmp_path / 'test.json'}"])
     results = json.loads((tmp_path / "test.json").read_text())
-    assert results["num"] == 3
+    assert results["num"] == num_tests
     assert results["timesteps"] > 1
     assert 0 <= results["accuracy"] <= 1

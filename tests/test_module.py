@@ -34,13 +34,12 @@ CLIP_GRADIENTS, TOKEN_LOGPROBS = drift.module.clip_gradients, drift.module.token
 class Recorder(Callback):
     """Keeps the batches with their rollouts, the gradients before clipping, and the weights after every step."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, on_score: Callable[[], None] | None = None) -> None:
         self.batches: list[PromptBatch] = []
         self.gradients: list[dict[str, Tensor]] = []
         self.weights: list[dict[str, Tensor]] = []
         self.num_states: list[int] = []
         self.rows: list[set[int]] = []
-        self.scored_by: list[object] = []
         self.policy: torch.nn.Module
 
         def record_gradients(parameters, max_norm):
@@ -52,7 +51,8 @@ class Recorder(Callback):
         def record_rows(policy, batch, **settings):
             self.num_states.append(len(batch))
             self.rows.append(set(batch.row.tolist()))
-            self.scored_by.append(policy)
+            if on_score is not None:
+                on_score()
             return TOKEN_LOGPROBS(policy, batch, **settings)
 
         monkeypatch.setattr(drift.module, "clip_gradients", record_gradients)
@@ -81,7 +81,7 @@ def train(
 ):
     """Trains the tiny policy; gives back the module and what was recorded."""
 
-    def run(steps: int = 1, callbacks: tuple[Callback, ...] = (), reward=None, **settings):
+    def run(steps: int = 1, callbacks: tuple[Callback, ...] = (), reward=None, on_score=None, **settings):
         if reward is not None:
             spread_task.reward = reward
         settings = {
@@ -89,13 +89,10 @@ def train(
             "optimizer": OptimizerConfig(lr=LR, gradient_clip=0.5),
         } | settings
         module = RLDFModule(str(tiny_folder), **settings)
-        recorder = Recorder(monkeypatch)
+        recorder = Recorder(monkeypatch, on_score)
         rollout = RolloutCallback(group_size=4, completion_length=16, decode=DECODE, evaluation=DECODE)
         trainer = make_trainer(steps, callbacks=[rollout, *callbacks, recorder])
-        try:
-            trainer.fit(module, datamodule=PromptDataModule(spread_task, prompts_per_step=3))
-        finally:
-            recorder.trainer = trainer
+        trainer.fit(module, datamodule=PromptDataModule(spread_task, prompts_per_step=3))
         return module, recorder
 
     return run
@@ -318,35 +315,33 @@ def test_every_update_draws_its_own_plan_and_compares_with_the_weights_of_the_ro
     assert all(torch.equal(recorder.weights[1][n], p) for n, p in module.policy.named_parameters())
 
 
-def test_looking_back_puts_the_weights_back_even_on_an_error(train, monkeypatch):
-    score_parts, weights = RLDFModule._score_parts, []
+def test_looking_back_puts_the_weights_back_even_on_an_error(train):
+    looks, steps, left = [], [], []
 
-    def fail_at_second(self, noisy, parts):
-        weights.append(snapshot(self.policy))
-        if len(weights) == 2:
-            raise RuntimeError("no luck")
-        return score_parts(self, noisy, parts)
+    class Watch(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.policy = pl_module.policy
 
-    monkeypatch.setattr(RLDFModule, "_score_parts", fail_at_second)
-    now = {}
-
-    class Keep(Callback):
-        def on_exception(self, trainer, pl_module, exception):
-            now.update(snapshot(pl_module.policy))
-
-    keep = Keep()
-    recorders = []
-
-    class Steps(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
-            recorders.append(snapshot(pl_module.policy))
+            steps.append(snapshot(pl_module.policy))
+
+        def on_exception(self, trainer, pl_module, exception):
+            left.append(snapshot(pl_module.policy))
+
+    watch = Watch()
+
+    def fail_at_second_look_back():
+        if torch.is_grad_enabled():
+            return
+        looks.append(snapshot(watch.policy))
+        if len(looks) == 2:
+            raise RuntimeError("no luck")
 
     with pytest.raises(RuntimeError, match="no luck"):
-        train(2, callbacks=(keep, Steps()), num_updates=2)
-    changed = [n for n in now if not torch.equal(weights[0][n], weights[1][n])]
-    assert not changed, "the second look is with the weights of the rollout"
-    assert any(not torch.equal(now[n], weights[0][n]) for n in now)
-    assert all(torch.equal(now[n], recorders[0][n]) for n in now)
+        train(2, callbacks=(watch,), num_updates=2, on_score=fail_at_second_look_back)
+    assert all(torch.equal(looks[0][n], looks[1][n]) for n in looks[0]), "both with the weights of the rollout"
+    assert any(not torch.equal(left[0][n], looks[0][n]) for n in looks[0])
+    assert all(torch.equal(left[0][n], steps[0][n]) for n in looks[0])
 
 
 @pytest.mark.parametrize("micro_batch_size", [5, 1000])

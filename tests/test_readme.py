@@ -15,9 +15,10 @@ from drift.models.characters import character_tokenizer
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 SMALL = {
-    "fit": "--trainer.max_steps 2 --trainer.val_check_interval 1 --data.num_validation 4 --data.prompts_per_step 2 "
-    "--rollout.group_size 2",
-    "sft": "--trainer.max_steps 1 --trainer.val_check_interval 1 --data.num_validation 4 --data.prompts_per_step 2",
+    "fit": "--trainer.max_steps 2 --trainer.val_check_interval 1 --data.num_validation 4 "
+    "--data.prompts_per_step 2 --rollout.group_size 2",
+    "sft": "--trainer.max_steps 1 --trainer.val_check_interval 1 --data.num_validation 4 "
+    "--data.prompts_per_step 2",
     "test": "--data.num_test 4",
     "predict": "--data.num_test 4",
 }
@@ -52,7 +53,8 @@ def playground(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_overlay.yaml").write_text("model:\n  optimizer:\n    lr: 2.0e-4\n", encoding="utf-8")
     (tmp_path / "my_package.py").write_text(
-        "from drift.samplers import UniformSampler\n\n\nclass MySampler(UniformSampler):\n    pass\n", encoding="utf-8"
+        "from drift.samplers import UniformSampler\n\n\nclass MySampler(UniformSampler):\n    pass\n",
+        encoding="utf-8",
     )
     return tmp_path
 
@@ -62,14 +64,15 @@ def test_quickstart_commands_run_in_their_order(playground, capsys):
     assert len(ran) >= 9
     for line in ran:
         arguments = shlex.split(line)[1:]
-        # An uninterrupted resume needs more steps than the checkpoint has.
-        small = SMALL[arguments[0]].replace("max_steps 2", "max_steps 3" if "--ckpt_path" in line else "max_steps 2")
+        # A resumed run needs more steps than its checkpoint has.
+        num_steps = 3 if "--ckpt_path" in line else 2
+        small = SMALL[arguments[0]].replace("max_steps 2", f"max_steps {num_steps}")
         if "--print_config" in line:
             with pytest.raises(SystemExit) as stopped:
                 run(arguments)
             assert stopped.value.code in (0, None)
         else:
-            run(arguments + shlex.split(small))
+            run([*arguments, *shlex.split(small)])
     shown = capsys.readouterr().out
     assert "--- test ---" in shown
     assert "--- summary ---" in shown
@@ -86,8 +89,8 @@ def test_llada_math_command_runs_on_a_tiny_policy(playground):
     LLaDA(config).save_pretrained(playground / "FOLDER")
     character_tokenizer().save_pretrained(playground / "FOLDER")
     (line,) = [line for line in commands() if "llada_math" in line]
-    small = "--trainer.max_steps 1 --rollout.completion_length 32 --data.prompts_per_step 2 --model.train_groups 1"
-    run(shlex.split(line)[1:] + shlex.split(small))
+    sizes = "--rollout.completion_length 32 --data.prompts_per_step 2 --model.train_groups 1"
+    run([*shlex.split(line)[1:], "--trainer.max_steps", "1", *shlex.split(sizes)])
     assert list(playground.glob("runs/llada_math/version_0/checkpoints/last.ckpt"))
 
 
@@ -95,7 +98,7 @@ def test_python_of_the_readme_trains(playground, capsys):
     training = next(block for block in blocks("python") if "Trainer(" in block)
     assert len([line for line in training.splitlines() if line.strip()]) <= 18
     for long, short in (
-        ("max_steps=40", "max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False"),
+        ("max_steps=40", "max_steps=1, logger=False, enable_checkpointing=False"),
         ("prompts_per_step=16", "prompts_per_step=2, num_test=4, num_validation=4"),
         ("group_size=8", "group_size=2"),
     ):
@@ -119,7 +122,8 @@ def test_sampler_of_the_readme_plans():
         step_map=torch.tensor([[0, 1, 2], [0, 1, 2]]),
     )
     plan = names["LastTimestep"]().plan(rollout)
-    # Row 0: the last timestep with a valid token is 1; position 2 came after it and is masked too. Row 1 has none.
+    # Row 0: the last timestep with a valid token is 1; position 2 came after it and is masked too. Row 1
+    # has none.
     assert plan.masked.tolist() == [[[False, True, True], [False, False, False]]]
     assert plan.current.tolist() == [[[False, True, False], [False, False, False]]]
     assert plan.weight.tolist() == [[1.0, 0.0]]

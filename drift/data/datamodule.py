@@ -120,6 +120,8 @@ class PromptDataModule(LightningDataModule):
             )
         self.template = PromptTemplate(tokenizer, self.system_prompt, self.max_prompt_length)
         if stage == "fit":
+            if self.trainer is not None and self.trainer.max_steps < 0:
+                raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
             self._train = self._training_rows()
         for split in {"fit": ("validation",), "validate": ("validation",)}.get(stage, ("test",)):
             self._evaluation[split] = self._evaluation_rows(split, needed=stage != "fit")
@@ -128,10 +130,6 @@ class PromptDataModule(LightningDataModule):
         """The stream, from the step that training is at."""
         assert self.trainer is not None
         assert self._train is not None
-        if self.trainer.max_steps < 0:
-            raise ConfigError(
-                "trainer.max_steps is -1: the stream of prompts never ends; set the number of steps"
-            )
         stream = PromptStream(
             self._train,
             self._collate("train", self.demonstration_length),

@@ -68,7 +68,7 @@ def test_top_p_takes_the_smallest_set_that_reaches_it():
     assert set(draw(even, 1.0, None, 0.71).tolist()) == {1, 3, 5}
 
 
-@pytest.mark.parametrize("uniform", [2.0**-54, 1e-9, 0.5, 1 - 1e-9, 1 - 2.0**-53, 1.0])
+@pytest.mark.parametrize("uniform", [0.0, 2.0**-54, 1e-9, 0.5, 1 - 1e-9, 1 - 2.0**-53, 1.0])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 6}, {"top_p": 0.999}, {"top_k": 7, "top_p": 1.0}])
 @pytest.mark.parametrize("illegal", [[0], [7], [0, 1, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
 def test_a_token_of_probability_zero_is_never_drawn(uniform: float, settings: dict, illegal: list[int]):

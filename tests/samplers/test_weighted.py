@@ -102,6 +102,10 @@ def test_more_draws_than_timesteps_take_all_and_repeat_from_the_same_distributio
     counts = steps[4:].flatten().bincount(minlength=4).double()
     softmax = torch.tensor(list(WEIGHTS.values())).double().softmax(dim=0) * 3 * NUM
     assert ((counts - softmax).square() / softmax).sum() < 16.3
+    # Independent of each other and of the first draws: equal with probability sum p^2 = 0.0739^2 + 0.6649^2 +
+    # 0.1662^2 + 0.0950^2 = 0.4842, standard error sqrt(0.25 / 4000) = 0.0079.
+    for one, other in ((4, 5), (5, 6), (0, 4)):
+        assert (steps[one] == steps[other]).double().mean().item() == pytest.approx(0.4842, abs=0.04)
     assert (plan.weight == 1).all()
 
 
