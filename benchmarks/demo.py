@@ -18,7 +18,7 @@ def main() -> None:
     """Runs the three commands and prints what came out."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--seed", type=int, default=0, help="of the rollouts and the training puzzles")
+    parser.add_argument("--seed", type=int, default=0, help="of the rollouts and of all puzzles")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps; not given: the config's")
     parser.add_argument("--folder", type=Path, default=Path("runs/demo"), help="for logs and checkpoints")
     arguments = parser.parse_args()

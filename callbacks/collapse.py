@@ -52,6 +52,8 @@ class CollapseCallback(Callback):
     ) -> None:
         """Looks at the step's reward and timesteps."""
         metrics = trainer.callback_metrics
+        if batch.rollout is None:  # a further update of a rollout that was looked at
+            return
         if "reward/mean" not in metrics or "rollout/timesteps" not in metrics:
             return
         message = self.look(float(metrics["reward/mean"]), float(metrics["rollout/timesteps"]))

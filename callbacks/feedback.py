@@ -11,10 +11,10 @@ from drift.module import RLDFModule
 
 
 class FeedbackCallback(Callback):
-    """Between the updates of one rollout, replaces `token_probs` by what the model now gives those tokens.
+    """Between the updates of one rollout, replaces `token_probs` by what the trained model gave those tokens.
 
-    The probabilities come from the update's own forward passes and cost nothing; timesteps that the update
-    did not visit keep theirs. They are the weights from which the next update's timesteps are drawn.
+    The probabilities come from the last update's own forward passes, before its step, and cost nothing;
+    timesteps that it did not visit keep theirs. The next update's timesteps are drawn by them.
 
     Args:
         every: updates between two refreshes, >= 1.

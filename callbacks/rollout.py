@@ -55,7 +55,7 @@ class RolloutCallback(Callback):
         self.completion_length = completion_length
         self.decode = decode
         self.evaluation = evaluation
-        self.evaluation_length = evaluation_length or completion_length
+        self.evaluation_length = completion_length if evaluation_length is None else evaluation_length
         self.batch_size = batch_size
         self.seed = seed
         self.seconds: dict[str, float] = {}

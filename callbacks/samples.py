@@ -30,13 +30,19 @@ class SampleTableCallback(Callback):
                 raise ConfigError(f"samples.{key} is {value}: set it to 1 or more")
         self.every = every
         self.num = num
+        self.due = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first table comes after `every` steps, after a resume too."""
+        self.due = trainer.global_step + self.every
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Shows the first completions of the batch."""
-        if batch.rollout is None or trainer.global_step % self.every or not trainer.is_global_zero:
+        if batch.rollout is None or trainer.global_step < self.due or not trainer.is_global_zero:
             return
+        self.due = trainer.global_step + self.every
         rows = self._rows(trainer, batch)
         lines = [f"samples at step {trainer.global_step}: reward, timesteps, prompt => completion"]
         lines += [f"  {row[0]:>5} {row[1]:>4}  {_short(row[2])} => {_short(row[3])}" for row in rows]

@@ -40,7 +40,8 @@ class SummaryCallback(Callback):
     ) -> None:
         """Keeps the step's figures."""
         for name, values in self.history.items():
-            if name in trainer.callback_metrics:
+            # What a rollout was like counts once, also where it serves several updates.
+            if name in trainer.callback_metrics and (batch.rollout is not None or name == "loss/total"):
                 values.append(float(trainer.callback_metrics[name]))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

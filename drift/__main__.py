@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from difflib import SequenceMatcher
 
 from drift import __version__
 
@@ -33,6 +34,12 @@ commands:
 """
 
 
+def _hint(command: str) -> str:
+    # max, not get_close_matches: of equally near commands the first is the one most used.
+    near = max(_COMMANDS, key=lambda name: SequenceMatcher(None, command, name).ratio())
+    return f"; did you mean {near!r}?" if SequenceMatcher(None, command, near).ratio() >= 0.6 else ""
+
+
 def main() -> None:
     """Runs the command line."""
     arguments = sys.argv[1:]
@@ -41,11 +48,10 @@ def main() -> None:
     elif arguments[0] in ("--version", "-V"):
         print(f"drift {__version__}")
     elif arguments[0] not in _COMMANDS:
-        from difflib import get_close_matches
-
-        near = get_close_matches(arguments[0], _COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        sys.exit(f"drift: error: there is no command {arguments[0]!r}{hint} Commands: {', '.join(_COMMANDS)}")
+        known = ", ".join(_COMMANDS)
+        sys.exit(
+            f"drift: error: there is no command {arguments[0]!r}{_hint(arguments[0])} (commands: {known})"
+        )
     else:
         from drift.cli import run
 

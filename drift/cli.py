@@ -102,11 +102,6 @@ class DriftCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Leaves the settings alone: Lightning would take them from the checkpoint."""
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The trainer's methods that are commands."""
-        return LightningCLI.subcommands()
-
 
 def run(arguments: Sequence[str]) -> None:
     """Runs one command.

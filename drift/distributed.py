@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,6 +26,20 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def max_over_ranks(value: int, device: torch.device) -> int:
+    """The largest of the ranks' whole numbers, on every rank.
+
+    Args:
+        value: this rank's number.
+        device: where the ranks communicate.
+    """
+    if world_size() == 1:
+        return value
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
 
 
 def share_of_rank(num: int, key: str) -> range:

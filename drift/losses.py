@@ -137,21 +137,27 @@ def rldf_loss(
         if config.beta:
             total = total + config.beta * per_token["kl"]
     if policy.entropy is not None:
-        entropy = policy.entropy[kept]
-        per_token["entropy"] = entropy
-        if config.entropy_coeff:
-            apart = (
-                entropy
-                if reference is None or reference.entropy is None
-                else reference.entropy[kept] - entropy
-            )
-            total = total + config.entropy_coeff * (apart.abs() if reference is not None else apart)
+        per_token["entropy"] = policy.entropy[kept]
+    if config.entropy_coeff:
+        total = total + config.entropy_coeff * _entropy_term(policy, reference, kept)
     return LossOutput(
         loss=(share * total).sum(),
         parts={name: (share * value.detach()).sum() for name, value in per_token.items()},
         num_kept=kept.sum(),
         num_scored=batch.scored.sum(),
     )
+
+
+def _entropy_term(policy: TokenLogProbs, reference: TokenLogProbs | None, kept: Tensor) -> Tensor:
+    """|H_ref - H| of every kept token, or H without a reference."""
+    if policy.entropy is None:
+        raise ValueError("entropy_coeff is not 0, but the log-probabilities come without entropy")
+    entropy = policy.entropy[kept]
+    if reference is None:
+        return entropy
+    if reference.entropy is None:
+        raise ValueError("entropy_coeff is not 0, but the reference's log-probabilities come without entropy")
+    return (reference.entropy[kept] - entropy).abs()
 
 
 def _token_share(

@@ -19,7 +19,7 @@ from drift.contract import (
     SampleError,
     TokenLogProbs,
 )
-from drift.distributed import sum_over_ranks, world_size
+from drift.distributed import max_over_ranks, share_of_rank, sum_over_ranks, world_size
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
@@ -68,7 +68,7 @@ class RLDFModule(PolicyModule):
         super().__init__(policy, optimizer, dtype)
         for key, value in (
             ("num_updates", num_updates),
-            ("train_groups", train_groups or 1),
+            ("train_groups", 1 if train_groups is None else train_groups),
             ("micro_batch_size", micro_batch_size),
         ):
             if value < 1:
@@ -111,11 +111,13 @@ class RLDFModule(PolicyModule):
         rollout = self._with_advantages(batch)
         plan = self.sampler.plan(self._keyed(rollout, batch.update))
         noisy = masked_batch(rollout, plan, self.policy.mask_token_id, rows=self._carries_gradient(rollout))
+        noisy.num_slots = max_over_ranks(noisy.num_slots, self.device)
         old = self._old_logprobs(noisy, batch.update)
         num_kept, num_rows = self._totals(noisy, old)
         outputs = []
         self.trained_probs = torch.zeros_like(rollout.completion_ids, dtype=torch.float32)
-        for part in self._parts(noisy):
+        parts = self._parts(noisy)
+        for number, part in enumerate(parts, start=1):
             states = noisy.select(part)
             policy = self._score(self.policy, states)
             reference = self._reference_logprobs(states)
@@ -133,7 +135,7 @@ class RLDFModule(PolicyModule):
             # Distributed strategies average gradients; the loss is already the sum over the whole batch.
             self.manual_backward(output.loss * world_size())
             self._keep_feedback(states, policy)
-            self.report("update", int(part[-1]) + 1, len(noisy))
+            self.report("update", number, len(parts))
             outputs.append(output)
         grad_norm = self._step(batch)
         self._log_update(outputs, noisy, grad_norm, time.perf_counter() - start)
@@ -149,7 +151,7 @@ class RLDFModule(PolicyModule):
         group_size = len(rewards) // len(batch.problems)
         rollout.advantages = group_advantages(rewards, group_size)
         if self.train_groups is not None:
-            num_groups = max(self.train_groups // world_size(), 1)
+            num_groups = len(share_of_rank(self.train_groups, "model.train_groups"))
             rollout = rollout.select(select_groups(rewards, rollout.num_timesteps, group_size, num_groups))
         self.learned = rollout
         return rollout
@@ -179,17 +181,21 @@ class RLDFModule(PolicyModule):
 
     def _parts(self, noisy: MaskedBatch) -> list[Tensor]:
         """The micro-batches, as indices of noisy states."""
+        # As many on every rank, some of them empty if need be: each backward pass communicates.
+        num_parts = max_over_ranks(-(-len(noisy) // self.micro_batch_size), self.device)
         states = torch.arange(len(noisy), device=noisy.row.device)
-        return list(states.split(self.micro_batch_size)) if len(noisy) else []
+        return list(states.tensor_split(num_parts)) if num_parts else []
 
     def _score_all(self, noisy: MaskedBatch) -> TokenLogProbs:
         parts = [self._score(self.policy, noisy.select(part)).logp for part in self._parts(noisy)]
-        return TokenLogProbs(logp=torch.cat(parts))
+        return TokenLogProbs(
+            logp=torch.cat([noisy.targets.new_zeros(0, noisy.targets.shape[1]).float(), *parts])
+        )
 
     @torch.no_grad()
     def _old_logprobs(self, noisy: MaskedBatch, update: int) -> TokenLogProbs | None:
         """Log-probabilities of the weights that made the rollout; None with one update per rollout."""
-        if self.num_updates == 1 or not len(noisy):
+        if self.num_updates == 1:
             return None
         parameters = [p for p in self.policy.parameters() if p.requires_grad]
         if update == 0 or not self._old_parameters:
@@ -206,7 +212,7 @@ class RLDFModule(PolicyModule):
     def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None) -> tuple[Tensor | None, Tensor]:
         """Kept tokens per slot and rows with noisy states, over all micro-batches and ranks."""
         num_rows = sum_over_ranks(torch.tensor(float(noisy.row.unique().numel()), device=self.device))
-        if self.loss.tau == 0 or self.loss.normalisation == "sample" or not len(noisy):
+        if self.loss.tau == 0 or self.loss.normalisation == "sample":
             return sum_over_ranks(kept_per_slot(noisy.scored, noisy)), num_rows
         if old is None and len(noisy) <= self.micro_batch_size and world_size() == 1:
             return None, num_rows  # the one micro-batch is the whole batch: the loss counts for itself
@@ -239,7 +245,8 @@ class RLDFModule(PolicyModule):
         return norm
 
     def _require_finite(self, value: Tensor, what: str, batch: PromptBatch, rows: Tensor) -> None:
-        if bool(torch.isfinite(value)):
+        # Summed, so that all ranks stop where one has to.
+        if bool(torch.isfinite(sum_over_ranks(value.detach()))):
             return
         assert self.learned is not None
         assert self.learned.advantages is not None

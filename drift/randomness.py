@@ -45,7 +45,7 @@ def fold(key: Tensor | int, *parts: Tensor | int) -> Tensor:
 
 def uniform(key: Tensor) -> Tensor:
     """Numbers in (0, 1), float64 of the key's shape, uniform over distinct keys."""
-    return (_shift_right(_mix(key + _GOLDEN_RATIO), 11).double() + 0.5) * 2.0**-53
+    return (_shift_right(_mix(key + _GOLDEN_RATIO), 12).double() + 0.5) * 2.0**-52
 
 
 def draw_keys(

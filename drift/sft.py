@@ -7,7 +7,7 @@ from torch import Tensor
 
 from drift.contract import ConfigError, MaskedBatch, PromptBatch
 from drift.logprobs import token_logprobs
-from drift.optimizer import OptimizerConfig
+from drift.optimizer import OptimizerConfig, clip_gradients
 from drift.policy_module import DType, PolicyModule
 from drift.randomness import fold, uniform
 
@@ -55,7 +55,7 @@ class SFTModule(PolicyModule):
 
     def configure_gradient_clipping(self, optimizer: object, *_: object, **__: object) -> None:
         """Clips by the optimizer's setting: the trainer's would be a second place for it."""
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.optimizer_config.gradient_clip)
+        norm = clip_gradients(self.policy.parameters(), self.optimizer_config.gradient_clip)
         self.log("update/grad_norm", norm)
 
 

@@ -134,7 +134,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, make_policy: Callable[
 
 @pytest.fixture
 def spread_task() -> Task:
-    """Sudoku whose reward is different for nearly every completion, so that random policies have something to learn."""
+    """Sudoku whose reward differs for nearly every completion: random policies have something to learn."""
     from drift.rewards.base import PerSampleReward
     from drift.tasks import SudokuTask
 

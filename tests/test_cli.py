@@ -77,7 +77,9 @@ def python(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def imported(done: subprocess.CompletedProcess[str]) -> set[str]:
-    return {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line}
+    return {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines() if "|" in line
+    }
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,9 @@ def test_help_and_version_need_no_torch(arguments: list[str], words: str):
     assert not imported(done) & {"torch", "lightning", "transformers", "numpy", "jsonargparse", "datasets"}
 
 
-@pytest.mark.parametrize(("command", "nearest"), [("fitt", "fit"), ("tset", "test"), ("validation", "validate")])
+@pytest.mark.parametrize(
+    ("command", "nearest"), [("fitt", "fit"), ("tset", "test"), ("validation", "validate")]
+)
 def test_an_unknown_command_suggests_the_nearest(command: str, nearest: str):
     done = python("-X", "importtime", "-m", "drift", command)
     assert done.returncode == 1
@@ -118,7 +122,9 @@ def test_the_command_works_from_another_folder(tmp_path: Path):
     """One whole process: what the console script does."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from drift.__main__ import main; main()"
     arguments = ["fit", "--config", "quickstart", "--model.loss.tauu", "1"]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("drift: error: ")
     assert "Traceback" not in done.stderr
@@ -165,7 +171,7 @@ def test_a_file_comes_before_a_shipped_config_of_its_name(settings, tmp_path: Pa
 
 def test_an_unknown_config_suggests_the_nearest(error):
     message = error("fit", "--config", "quickstrat")
-    assert message.startswith("drift: error: --config is 'quickstrat': there is no such file and no shipped config")
+    assert message.startswith("drift: error: --config is 'quickstrat': there is no such file")
     assert "did you mean 'quickstart'?" in message
     assert all(name in message for name in shipped_configs())
 
@@ -272,7 +278,7 @@ def test_a_value_of_the_wrong_type_names_the_key(error):
         (["--model.num_updates=0"], ["model.num_updates is 0", "set it to 1 or more"]),
         (["--data.max_prompt_length=8"], ["16 tokens", "data.max_prompt_length is 8", "raise it"]),
         (["--data.task.blanks=[0,3]"], ["blanks=(0, 3)", "within 1 to 12"]),
-        (["--trainer.max_steps=-1"], ["trainer.max_steps is -1", "the stream of prompts never ends; set the"]),
+        (["--trainer.max_steps=-1"], ["trainer.max_steps is -1", "never ends; set the"]),
     ],
 )
 def test_bad_settings_name_key_value_and_fix(tiny: list[str], error, arguments: list[str], parts: list[str]):
@@ -310,13 +316,15 @@ def unknown_family(folder: Path) -> None:
     ("spoil", "parts"),
     [
         (corrupt, ["model.policy is", "safetensors cannot be read", "copy or download it again"]),
-        (without_weights, ["model.policy is", "it has no *.safetensors weights", "model.safetensors"][:2]),
-        (no_mask, ["data.tokenizer is", "no token for the policy's mask_token_id 98", "use the tokenizer that"]),
-        (other_mask, ["data.tokenizer is", "has id 1, the policy's mask_token_id is 97", "use the tokenizer that"]),
+        (without_weights, ["model.policy is", "it has no *.safetensors weights"]),
+        (no_mask, ["data.tokenizer is", "no token for the policy's mask_token_id 98", "use the"]),
+        (other_mask, ["data.tokenizer is", "id 1, the policy's mask_token_id is 97", "use the"]),
         (unknown_family, ["model.policy is", "model_type: 'gpt2'", "supported: ['llada'"]),
     ],
 )
-def test_bad_policy_folders(tiny: list[str], tiny_folder: Path, error, tmp_path: Path, spoil, parts: list[str]):
+def test_bad_policy_folders(
+    tiny: list[str], tiny_folder: Path, error, tmp_path: Path, spoil, parts: list[str]
+):
     folder = tmp_path / "policy"
     folder.mkdir()
     for file in tiny_folder.iterdir():
@@ -341,7 +349,9 @@ def test_bad_policy_folders(tiny: list[str], tiny_folder: Path, error, tmp_path:
         (None, [], ["does not exist: correct it"]),
     ],
 )
-def test_bad_data(tiny: list[str], error, tmp_path: Path, rows: list | None, arguments: list, parts: list[str]):
+def test_bad_data(
+    tiny: list[str], error, tmp_path: Path, rows: list | None, arguments: list, parts: list[str]
+):
     file = tmp_path / "rows.jsonl"
     if rows is not None:
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -376,7 +386,9 @@ def equal(first: object, second: object) -> bool:
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(value, second[key]) for key, value in first.items())
+        return first.keys() == second.keys() and all(
+            equal(value, second[key]) for key, value in first.items()
+        )
     if isinstance(first, list | tuple):
         return len(first) == len(second) and all(map(equal, first, second))
     return first == second
@@ -419,7 +431,9 @@ def test_the_command_line_and_never_the_checkpoint_has_the_settings(tiny: list[s
 
 
 @pytest.mark.parametrize(("command", "file"), [("validate", "val.json"), ("test", "test.json")])
-def test_evaluation_of_a_checkpoint_writes_results(tiny: list[str], tmp_path: Path, command: str, file: str, capsys):
+def test_evaluation_of_a_checkpoint_writes_results(
+    tiny: list[str], tmp_path: Path, command: str, file: str, capsys
+):
     run(["fit", *tiny, f"--checkpoint.dirpath={tmp_path}"])
     run([command, *tiny, f"--ckpt_path={tmp_path / 'last.ckpt'}", f"--summary.path={tmp_path / file}"])
     results = json.loads((tmp_path / file).read_text())
@@ -449,7 +463,8 @@ def test_sft_and_export_make_a_policy_that_can_be_trained(tiny_folder: Path, tmp
         f"--checkpoint.dirpath={tmp_path / 'sft'}",
     ]
     run(["sft", "--config=sudoku_base", *common, f"--export.folder={tmp_path / 'policy'}"])
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {f.name for f in (tmp_path / "policy").iterdir()}
+    written = {file.name for file in (tmp_path / "policy").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= written
     common[0] = f"--model.policy={tmp_path / 'policy'}"
     run(["fit", "--config=quickstart", *common, "--rollout.group_size=2"])
     assert load(tmp_path / "sft" / "last.ckpt")["global_step"] == 2

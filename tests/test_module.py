@@ -32,7 +32,7 @@ CLIP_GRADIENTS, TOKEN_LOGPROBS = drift.module.clip_gradients, drift.module.token
 
 
 class Recorder(Callback):
-    """Keeps the batches with their rollouts, the gradients before clipping, and the weights after every step."""
+    """Keeps the batches with their rollouts, gradients before clipping, and weights after every step."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, on_score: Callable[[], None] | None = None) -> None:
         self.batches: list[PromptBatch] = []
@@ -99,7 +99,7 @@ def train(
 
 
 def plain_logprobs(policy, rollout: Rollout, masked: Tensor) -> Tensor:
-    """[K,N,C] log-probabilities of the clean tokens, one unpadded pass over the whole sequence for every noisy state."""
+    """[K,N,C] log-probabilities of the clean tokens, an unpadded pass for every noisy state."""
     rows = []
     for slot, row in product(range(masked.shape[0]), range(masked.shape[1])):
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]]
@@ -116,7 +116,12 @@ def plain_advantages(rewards: Tensor, group_size: int = 4) -> Tensor:
 
 
 def plain_training(
-    oracle: ModuleType, folder: Path, rollout: Rollout, loss: LossConfig, num_updates: int, reference_folder: Path
+    oracle: ModuleType,
+    folder: Path,
+    rollout: Rollout,
+    loss: LossConfig,
+    num_updates: int,
+    reference_folder: Path,
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Gradients before clipping and weights after each of the updates of one rollout, computed slowly."""
     policy, first, reference = load_policy(folder), load_policy(folder), load_policy(reference_folder)
@@ -186,7 +191,13 @@ def test_steps_are_those_of_the_plain_computation_at_any_micro_batch_size(
     # Narrow clips, so that a learning rate of 1e-5 reaches them at the second update.
     loss = LossConfig(tau=tau, beta=beta, normalisation=normalisation, eps_low=1e-4, eps_high=2e-4)
     results = [
-        train(num_updates, loss=loss, num_updates=num_updates, micro_batch_size=size, reference=str(other_folder))[1]
+        train(
+            num_updates,
+            loss=loss,
+            num_updates=num_updates,
+            micro_batch_size=size,
+            reference=str(other_folder),
+        )[1]
         for size in (1, 7, 1000)
     ]
     rollout = results[0].batches[0].rollout
@@ -199,9 +210,15 @@ def test_steps_are_those_of_the_plain_computation_at_any_micro_batch_size(
             assert_same_gradients(recorder.gradients[update], gradients[update])
             for name, value in weights[update].items():
                 torch.testing.assert_close(
-                    recorder.weights[update][name], value, rtol=0, atol=1e-6, msg=f"{name} after update {update}"
+                    recorder.weights[update][name],
+                    value,
+                    rtol=0,
+                    atol=1e-6,
+                    msg=f"{name} after update {update}",
                 )
-    moved = max(float((weights[-1][n] - p).abs().max()) for n, p in snapshot(load_policy(tiny_folder)).items())
+    moved = max(
+        float((weights[-1][n] - p).abs().max()) for n, p in snapshot(load_policy(tiny_folder)).items()
+    )
     assert moved > LR / 2
 
 
@@ -292,12 +309,18 @@ def test_every_update_draws_its_own_plan_and_compares_with_the_weights_of_the_ro
 
     def record(policy, states, config, **settings):
         output = rldf_loss(policy, states, config, **settings)
-        seen.append((states, settings["old"].logp.clone(), policy.logp.detach().clone(), output.parts["ratio"]))
+        seen.append(
+            (states, settings["old"].logp.clone(), policy.logp.detach().clone(), output.parts["ratio"])
+        )
         return output
 
     monkeypatch.setattr(drift.module, "rldf_loss", record)
     module, recorder = train(
-        2, num_updates=2, loss=LossConfig(tau=0.0), optimizer=OptimizerConfig(lr=1e-3), sampler=WeightedSampler(k=1)
+        2,
+        num_updates=2,
+        loss=LossConfig(tau=0.0),
+        optimizer=OptimizerConfig(lr=1e-3),
+        sampler=WeightedSampler(k=1),
     )
     (first, old_first, now_first, ratio_first), (second, old_second, now_second, ratio_second) = seen
     assert torch.equal(old_first, now_first)
@@ -339,7 +362,9 @@ def test_looking_back_puts_the_weights_back_even_on_an_error(train):
 
     with pytest.raises(RuntimeError, match="no luck"):
         train(2, callbacks=(watch,), num_updates=2, on_score=fail_at_second_look_back)
-    assert all(torch.equal(looks[0][n], looks[1][n]) for n in looks[0]), "both with the weights of the rollout"
+    assert all(torch.equal(looks[0][n], looks[1][n]) for n in looks[0]), (
+        "both with the weights of the rollout"
+    )
     assert any(not torch.equal(left[0][n], looks[0][n]) for n in looks[0])
     assert all(torch.equal(left[0][n], steps[0][n]) for n in looks[0])
 
@@ -354,7 +379,7 @@ def test_feedback_refreshes_exactly_the_tokens_that_were_scored_at_their_own_tim
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             probs.append(pl_module.learned.token_probs.clone())
 
-    module, recorder = train(
+    _, recorder = train(
         2,
         callbacks=(FeedbackCallback(), Probs()),
         num_updates=3,
@@ -382,9 +407,7 @@ def test_feedback_refreshes_exactly_the_tokens_that_were_scored_at_their_own_tim
 
 
 def test_reference_is_frozen_and_belongs_to_nobody(train, tiny_folder):
-    module, recorder = train(
-        2, loss=LossConfig(beta=0.1), callbacks=(), optimizer=OptimizerConfig(lr=1e-2)
-    )
+    module, _ = train(2, loss=LossConfig(beta=0.1), optimizer=OptimizerConfig(lr=1e-2))
     reference = module.reference
     assert not reference.training
     assert module.policy.training
@@ -501,10 +524,10 @@ def test_full_sampler_visits_every_timestep(train):
     assert sum(recorder.num_states) == sum(len(steps) for steps in real)
 
 
-def test_logged_loss_and_counts(train, monkeypatch):
+def test_logged_loss_and_counts(train):
     module, recorder = train(loss=LossConfig(tau=0.6, beta=0.2), micro_batch_size=5)
     logged = module.trainer.callback_metrics
-    _, whole = train(loss=LossConfig(tau=0.6, beta=0.2), micro_batch_size=1000)
+    whole, _ = train(loss=LossConfig(tau=0.6, beta=0.2), micro_batch_size=1000)
     other = whole.trainer.callback_metrics
     assert logged["update/noisy_states"] == 24
     for name in ("loss/total", "loss/policy", "loss/kl", "loss/kept_share", "update/grad_norm"):

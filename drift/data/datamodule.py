@@ -38,8 +38,9 @@ class PromptDataModule(LightningDataModule):
         task: what a problem is, and which reward judges it.
         tokenizer: folder with a tokenizer.json, a shipped policy's name or a hub id; None: the policy's own.
         train: where training rows come from; None: the task makes them.
-        validation: where validation rows come from; None: the task makes `num_validation`, or there are none.
-        test: where test rows come from; None: the task makes `num_test` of them, or there are none.
+        validation: where validation rows come from; None: the task makes `num_validation` of them, and one
+            that cannot is trained without validation.
+        test: where test rows come from; None: the task makes `num_test` of them.
         prompts_per_step: prompts rolled out for one step, over all ranks.
         evaluation_batch_size: prompts of an evaluation batch on each rank.
         num_validation: rows that a procedural task makes for validation.

@@ -63,6 +63,10 @@ class LLaDAConfig(PreTrainedConfig):
 
     def require_supported(self) -> None:
         """Raises ConfigError where the checkpoint needs something that this class does not compute."""
+        for key in ("d_model", "n_heads", "n_layers", "vocab_size"):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"config.json has {key}: {value!r}; it must be a positive whole number")
         supported = {
             "block_type": ("llama",),
             "activation_type": ("silu",),

@@ -45,7 +45,7 @@ def resolve_folder(path: str | Path, key: str = "model.policy") -> Path:
     if len(folder.parts) == 2 and not folder.is_absolute() and not folder.parts[0].startswith("."):
         try:
             return Path(snapshot_download(str(path), allow_patterns=_PATTERNS))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
             raise ConfigError(
                 f"{key} is {str(path)!r}: there is no such folder, and no such model in the hub's cache or "
                 f"in its reach ({type(error).__name__}); give the path of a Hugging Face folder"
@@ -66,7 +66,11 @@ def read_config(folder: Path, key: str = "model.policy") -> dict[str, Any]:
         raise ConfigError(f"{key} is {str(folder)!r}: it has no config.json, only {found}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{key} is {str(folder)!r}: its config.json is no JSON: {error}") from error
-    if config.get("model_type") not in FAMILIES:
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"{key} is {str(folder)!r}: its config.json holds {type(config).__name__}, no object"
+        )
+    if config.get("model_type") not in list(FAMILIES):
         raise ConfigError(
             f"{key} is {str(folder)!r}: its config.json has model_type: {config.get('model_type')!r}; "
             f"supported: {sorted(FAMILIES)}"
@@ -93,10 +97,11 @@ def load_policy(
         ConfigError: where folder, configuration or weights are missing, damaged or of another shape.
     """
     folder = resolve_folder(path, key)
-    family = FAMILIES[read_config(folder, key)["model_type"]]
+    family: Any = FAMILIES[read_config(folder, key)["model_type"]]
+    config = family.config_class.from_pretrained(folder)
+    config.require_supported()
     if random_init:
-        config: Any = family.config_class
-        policy = family(config.from_pretrained(folder)).train()
+        policy = family(config).train()
         # In place; transformers' own `to` is wrapped beyond the type checker's sight.
         nn.Module.to(policy, dtype)
         return policy
@@ -105,20 +110,26 @@ def load_policy(
         raise ConfigError(f"{key} is {str(folder)!r}: it has no *.safetensors weights, only {found}")
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = family.from_pretrained(
+        policy, report = family.from_pretrained(
             folder,
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except (SafetensorError, OSError) as error:
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ) as error:  # a bad index raises the last
         raise ConfigError(
-            f"{key} is {str(folder)!r}: its safetensors cannot be read ({error}); the file is damaged or cut "
-            "short: copy or download it again"
+            f"{key} is {str(folder)!r}: its safetensors cannot be read ({type(error).__name__}: {error}); a "
+            "file, or the index of the shards, is damaged or cut short: copy or download it again"
         ) from error
-    policy, report = loaded
     _require_complete(folder, report, key)
     return policy.train()
 
@@ -166,7 +177,7 @@ def require_matching_tokenizer(policy_config: dict[str, Any], tokenizer: PreTrai
     mask_id, pad_id = policy_config.get("mask_token_id"), policy_config.get("pad_token_id")
     name = tokenizer.name_or_path
     for key, token_id in (("mask_token_id", mask_id), ("pad_token_id", pad_id)):
-        if not isinstance(token_id, int):
+        if not isinstance(token_id, int) or token_id < 0:
             raise ConfigError(f"the policy's config.json has {key}: {token_id!r}; it must be a token id")
         if token_id >= len(tokenizer) or tokenizer.convert_ids_to_tokens(token_id) is None:
             raise ConfigError(

@@ -49,7 +49,7 @@ class MathReward(Reward):
         """[N] float32 rewards on the CPU.
 
         Raises:
-            RuntimeError: the judges cannot start, for example because math-verify is not installed.
+            ConfigError: the judges cannot start, for example because math-verify is not installed.
         """
         pairs = [
             (problem.answer.strip(), (extract_boxed(completion) or "").strip())

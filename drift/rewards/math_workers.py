@@ -15,6 +15,8 @@ from pathlib import Path
 from queue import LifoQueue
 from typing import IO, Any
 
+from drift.contract import ConfigError
+
 JUDGE_COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("math_judge.py")))
 _STARTUP_SECONDS = 120.0  # importing sympy from a cold network disk
 _MAX_QUESTIONS = 5000  # the symbolic libraries keep caches: a fresh process now and then keeps memory flat
@@ -38,7 +40,7 @@ class JudgeProcess:
         """Whether the judge says that the answers are equal; False where it hangs or crashes.
 
         Raises:
-            RuntimeError: the judge cannot be started.
+            ConfigError: the judge cannot be started.
         """
         if self._num_questions >= _MAX_QUESTIONS:
             self.kill()
@@ -85,7 +87,7 @@ class JudgeProcess:
         if "error" in greeting:
             self.kill()
             command = " ".join(self.command)
-            raise RuntimeError(
+            raise ConfigError(
                 f"the math judge cannot start: {greeting['error']}. Install math-verify for {sys.executable} "
                 f"(pip install math-verify); to see the whole error run: {command}"
             )
@@ -115,7 +117,7 @@ class JudgePool:
         """Whether the two answers of each (gold, answer) pair are equal.
 
         Raises:
-            RuntimeError: a judge cannot be started.
+            ConfigError: a judge cannot be started.
         """
         if not pairs:
             return []

@@ -60,10 +60,10 @@ class WeightedSampler(TimestepSampler):
         num_timesteps = logits.shape[1]
         uniforms = draws(rollout, num_timesteps + self.k, generator)
         # Gumbel top-k draws without replacement, as successive draws would (Kool et al., arXiv 1903.06059).
-        perturbed = logits + gumbel(uniforms[:, :num_timesteps])
+        perturbed = logits + gumbel(uniforms[:, self.k :])
         first = perturbed.argsort(dim=1, descending=True, stable=True)[:, : self.k]
         first = torch.nn.functional.pad(first, (0, self.k - first.shape[1]))
-        again = self._again(logits, uniforms[:, num_timesteps:])
+        again = self._again(logits, uniforms[:, : self.k])
         num_real = (logits > -torch.inf).sum(dim=1, keepdim=True)
         draw = torch.arange(self.k, device=logits.device)
         timesteps = torch.where(draw < num_real, first, again)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from drift.contract import Problem, SampleError
+from drift.contract import ConfigError, Problem, SampleError
 from drift.rewards import Reward
 
 
@@ -25,6 +25,8 @@ def score(reward: Reward, completions: Sequence[str], problems: Sequence[Problem
     """
     try:
         values = torch.as_tensor(reward(completions, problems), dtype=torch.float32)
+    except ConfigError:
+        raise
     except Exception as error:
         culprit, reason = _culprit(reward, completions, problems, error)
         sample = _describe(completions[culprit], problems[culprit], reason)

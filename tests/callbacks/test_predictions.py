@@ -31,8 +31,9 @@ def test_writes_one_line_an_answer(tiny_folder, spread_task, make_trainer, tmp_p
     rows = [(batch, i) for batch in batches for i in range(len(batch.problems))]
     for line, (batch, i) in zip(lines, rows, strict=True):
         assert line["prompt"] == batch.problems[i].prompt
-        assert line["completion"] == tokenizer.decode(batch.rollout.completion_ids[i], skip_special_tokens=True)
-        assert line["reward"] == pytest.approx(spread_task.reward.score(line["completion"], batch.problems[i]))
+        text = tokenizer.decode(batch.rollout.completion_ids[i], skip_special_tokens=True)
+        assert line["completion"] == text
+        assert line["reward"] == pytest.approx(spread_task.reward.score(text, batch.problems[i]))
         assert line["timesteps"] == int(batch.rollout.num_timesteps[i])
 
 

@@ -24,7 +24,9 @@ class Spy(ProgressCallback):
         self.names |= set(self.get_metrics(args[0], args[1]))
 
 
-def train(folder, task, make_trainer, spy: ProgressCallback, steps: int, ckpt_path: str | None = None, **settings):
+def train(
+    folder, task, make_trainer, spy: ProgressCallback, steps: int, ckpt_path: str | None = None, **settings
+):
     rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
     trainer = make_trainer(steps, callbacks=[rollout, spy], enable_progress_bar=True)
     module = RLDFModule(str(folder), **settings)

@@ -89,5 +89,7 @@ def test_nothing_is_rescued_outside_of_training(tiny_folder, spread_task, make_t
     rollout = RolloutCallback(completion_length=16, decode=DECODE, evaluation=DECODE)
     trainer = make_trainer(callbacks=[rollout, RescueCallback(), Fail()], limit_val_batches=1.0)
     with pytest.raises(RuntimeError):
-        trainer.validate(RLDFModule(str(tiny_folder)), datamodule=PromptDataModule(spread_task, num_validation=1))
+        trainer.validate(
+            RLDFModule(str(tiny_folder)), datamodule=PromptDataModule(spread_task, num_validation=1)
+        )
     assert not (tmp_path / "rescue.ckpt").exists()

@@ -177,7 +177,11 @@ def test_training_logs_what_the_rollout_was_like(train):
 
 @pytest.mark.parametrize(
     ("problem", "message"),
-    [("raises", "raised ZeroDivisionError"), ("nan", "gave nan"), ("short", r"gave values of shape \[1\] for 6")],
+    [
+        ("raises", "raised ZeroDivisionError"),
+        ("nan", "gave nan"),
+        ("short", r"gave values of shape \[1\] for 6"),
+    ],
 )
 def test_a_reward_that_cannot_judge_stops_training(train, spread_task, problem: str, message: str):
     class BadReward(PerSampleReward):

@@ -71,7 +71,7 @@ def test_training_goes_on_where_it_was(tiny_folder: Path, write, streaming: bool
     for start in (1, 5, 7):
         late = training_prompts(prompts(), 12 - start, num_updates=num_updates, global_step=start)
         assert late == whole[start:]
-    first_epoch = [prompt for batch in whole[:: num_updates] for prompt in batch][:5]
+    first_epoch = [prompt for batch in whole[::num_updates] for prompt in batch][:5]
     if num_updates == 1:
         assert sorted(first_epoch) == sorted(row["question"] for row in FIVE)
 
@@ -97,17 +97,17 @@ def test_ranks_share_the_prompts(tiny_folder: Path, write, monkeypatch, world_si
         monkeypatch.setattr("drift.distributed.world_size", lambda: world_size)
         monkeypatch.setattr("drift.distributed.rank", lambda rank=rank: rank)
         ranks.append(training_prompts(data(tiny_folder, train=write(FIVE), prompts_per_step=4), 3))
-    assert [sum((rank[step] for rank in ranks), []) for step in range(3)] == alone
+    assert [[prompt for rank in ranks for prompt in rank[step]] for step in range(3)] == alone
 
 
 def test_prompts_that_cannot_be_shared_evenly_are_an_error(tiny_folder: Path, write, monkeypatch):
     monkeypatch.setattr("drift.distributed.world_size", lambda: 3)
-    with pytest.raises(ConfigError, match=r"data\.prompts_per_step is 4: it must be a multiple of the 3 ranks"):
+    with pytest.raises(ConfigError, match=r"data\.prompts_per_step is 4: .*multiple of the 3 ranks"):
         training_prompts(data(tiny_folder, train=write(FIVE), prompts_per_step=4), 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 7])
-def test_evaluation_sees_every_row_once_over_all_ranks(tiny_folder: Path, write, monkeypatch, world_size: int):
+def test_evaluation_sees_every_row_once(tiny_folder: Path, write, monkeypatch, world_size: int):
     seen = []
     monkeypatch.setattr(module_under_test, "world_size", lambda: world_size)
     for rank in range(world_size):
@@ -138,9 +138,9 @@ def test_training_without_validation_rows_is_fine_and_validation_without_is_not(
     prompts.setup("fit")
     assert list(prompts.val_dataloader()) == []
     for stage, split in (("validate", "validation"), ("test", "test"), ("predict", "test")):
-        with pytest.raises(ConfigError, match=rf"data\.{split} is None: MathTask doesn't make its own rows; set"):
+        with pytest.raises(ConfigError, match=rf"data\.{split} is None: MathTask .*; set data\.{split}"):
             prompts.setup(stage)
-    with pytest.raises(ConfigError, match=r"data\.train is None: MathTask doesn't make its own rows; set data\.train"):
+    with pytest.raises(ConfigError, match=r"data\.train is None: MathTask .*; set data\.train"):
         data(tiny_folder).setup("fit")
 
 
@@ -175,7 +175,9 @@ def test_drop_drops_long_prompts(tiny_folder: Path, write, streaming: bool):
 
 def test_dropping_everything_is_an_error(tiny_folder: Path, write):
     prompts = data(tiny_folder, train=write(LONG), max_prompt_length=2, long_prompts="drop")
-    with pytest.raises(ConfigError, match=r"data\.train .*none of the rows.*data\.max_prompt_length \(2\).*raise it"):
+    with pytest.raises(
+        ConfigError, match=r"data\.train .*none of the rows.*max_prompt_length \(2\).*raise it"
+    ):
         prompts.setup("fit")
 
 
@@ -185,6 +187,24 @@ def test_a_prompt_with_the_mask_token_stops_before_training(tiny_folder: Path, w
         prompts.setup("fit")
 
 
+def test_the_mask_token_is_found_where_the_tokenizer_does_not_declare_it(
+    tiny_folder: Path, write, make_trainer, tmp_path: Path
+):
+    """As in LLaDA's own tokenizer: the policy's mask id is a token like any other there."""
+    tokenizer = character_tokenizer()
+    tokenizer.mask_token = None
+    tokenizer.add_special_tokens({"additional_special_tokens": [MASK]})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.mask_token_id is None
+    assert tokenizer(MASK)["input_ids"] == [1]
+    prompts = data(
+        tmp_path / "tokenizer", train=write(questions("fine", f"not {MASK} fine")), prompts_per_step=2
+    )
+    rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
+    with pytest.raises(ConfigError, match="row 1: its prompt holds the mask token"):
+        make_trainer(callbacks=[rollout]).fit(RLDFModule(str(tiny_folder)), datamodule=prompts)
+
+
 def test_an_empty_file_is_an_error(tiny_folder: Path, write):
     with pytest.raises(ConfigError, match=r"data\.train\.path=.* is empty or cannot be read"):
         data(tiny_folder, train=write([])).setup("fit")
@@ -192,7 +212,7 @@ def test_an_empty_file_is_an_error(tiny_folder: Path, write):
 
 def test_a_missing_field_is_an_error(tiny_folder: Path, write):
     prompts = data(tiny_folder, train=write([{"question": "1+1?"}]))
-    with pytest.raises(ConfigError, match=r"has no field 'ground_truth_answer'.*set data\.task\.answer_field"):
+    with pytest.raises(ConfigError, match=r"no field 'ground_truth_answer'.*set data\.task\.answer_field"):
         prompts.setup("fit")
 
 
@@ -205,7 +225,7 @@ def test_a_long_demonstration_stops_before_training(tiny_folder: Path, write):
 
     task = Demonstrated(instruction="")
     prompts = data(tiny_folder, task=task, train=write(questions("ab", "abcde")), demonstration_length=4)
-    with pytest.raises(ConfigError, match=r"row 1: its demonstration has 5 tokens, data\.demonstration_length is 4"):
+    with pytest.raises(ConfigError, match=r"row 1: its demonstration has 5 tokens, .*_length is 4"):
         prompts.setup("fit")
 
 

@@ -105,7 +105,9 @@ def stream(rows: Rows, start_step: int = 0, num_updates: int = 1, share: range =
 
 def test_stream_gives_each_batch_once_for_every_update(tmp_path: Path):
     found = list(islice(stream(in_order(tmp_path), num_updates=3), 7))
-    assert [positions for _, positions, _ in found] == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7]] * 3 + [[8, 9, 10, 11]]
+    assert [positions for _, positions, _ in found] == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7]] * 3 + [
+        [8, 9, 10, 11]
+    ]
     assert [update for *_, update in found] == [0, 1, 2, 0, 1, 2, 0]
     # Seven rows: the second batch begins the second epoch with its last one.
     assert [row["n"] for row in found[3][0]] == [4, 5, 6, 0]
@@ -124,18 +126,23 @@ def test_a_resumed_stream_is_the_tail_of_the_uninterrupted_one(
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @KINDS
-def test_the_ranks_share_the_prompts_of_every_step(kind: Callable[[Path], Rows], world_size: int, tmp_path: Path):
+def test_the_ranks_share_the_prompts_of_every_step(
+    kind: Callable[[Path], Rows], world_size: int, tmp_path: Path
+):
     alone = list(islice(stream(kind(tmp_path)), 4))
     size = 4 // world_size
     ranks = [
-        list(islice(stream(kind(tmp_path), share=range(r * size, (r + 1) * size)), 4)) for r in range(world_size)
+        list(islice(stream(kind(tmp_path), share=range(r * size, (r + 1) * size)), 4))
+        for r in range(world_size)
     ]
     for step, (rows, positions, _) in enumerate(alone):
         assert [row for rank in ranks for row in rank[step][0]] == rows
         assert [position for rank in ranks for position in rank[step][1]] == positions
 
 
-@pytest.mark.parametrize(("num", "batch_size", "world_size"), [(7, 3, 1), (7, 2, 2), (8, 4, 4), (3, 2, 5), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("num", "batch_size", "world_size"), [(7, 3, 1), (7, 2, 2), (8, 4, 4), (3, 2, 5), (1, 1, 2)]
+)
 def test_evaluation_sees_every_row_once(num: int, batch_size: int, world_size: int):
     rows, seen = NUMBERS[:num] + [{"n": 7}] * (num > 7), []
     for rank in range(world_size):
@@ -178,7 +185,9 @@ def test_prompts_are_padded_on_the_left():
 def test_demonstrations_are_padded_on_the_right():
     task, tokenizer = SudokuTask(), character_tokenizer()
     rows = [task.row("train", n) for n in range(2)]
-    batch = collate_prompts(task, PromptTemplate(tokenizer, None, 64), rows, [0, 1], 0, demonstration_length=18)
+    batch = collate_prompts(
+        task, PromptTemplate(tokenizer, None, 64), rows, [0, 1], 0, demonstration_length=18
+    )
     for row, ids in zip(rows, batch.completion_ids.tolist(), strict=True):
         assert ids[16:] == [0, 0]
         assert tokenizer.decode(ids[:16]) == row["demonstration"]

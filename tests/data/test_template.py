@@ -54,7 +54,7 @@ def test_the_chat_template_counts_too():
 
 
 def test_a_prompt_with_the_mask_token_is_refused():
-    with pytest.raises(ConfigError, match=r"^row 3: its prompt holds the mask token '<\|mask\|>'.*drop the row"):
+    with pytest.raises(ConfigError, match=r"^row 3: its prompt holds the mask token '<\|mask\|>'.*drop"):
         template().encode(problem(f"what is {MASK}?"), "row 3")
 
 

@@ -61,21 +61,21 @@ def test_a_reward_that_raises_is_named_with_its_culprit():
 
 
 def test_a_reward_that_raises_for_the_whole_batch_only():
-    with pytest.raises(SampleError, match=r"^ManyReward raised MemoryError: too many \(for the whole batch") as caught:
+    with pytest.raises(SampleError, match=r"^ManyReward raised MemoryError: .*whole batch") as caught:
         score(ManyReward(), COMPLETIONS, PROBLEMS)
     assert caught.value.sample["completion"] == "one"
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], torch.ones(3, 1), 1.0, torch.ones(4)])
 def test_a_reward_must_give_one_number_each(values):
-    with pytest.raises(SampleError, match=r"^GivesReward gave values of shape \[.*\] for 3 completions") as caught:
+    with pytest.raises(SampleError, match=r"^GivesReward gave values of shape \[.*\] for 3") as caught:
         score(GivesReward(values), COMPLETIONS, PROBLEMS)
     assert caught.value.sample["completion"] == "one"
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_reward_must_be_finite(bad: float):
-    with pytest.raises(SampleError, match=rf"^GivesReward gave {bad} for completion 2: rewards must be") as caught:
+    with pytest.raises(SampleError, match=rf"^GivesReward gave {bad} for completion 2: ") as caught:
         score(GivesReward([0.0, 1.0, bad]), COMPLETIONS, PROBLEMS)
     assert caught.value.sample == {
         "reason": str(bad),
