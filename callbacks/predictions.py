@@ -22,6 +22,11 @@ class PredictionCallback(Callback):
 
     def __init__(self, path: str | None = None) -> None:
         self.path = path
+        self.folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Asks for the run's folder, which all ranks must do together."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts an empty file."""
@@ -59,6 +64,5 @@ class PredictionCallback(Callback):
         rank_zero_info(f"the answers are in {self._file(trainer)}")
 
     def _file(self, trainer: Trainer) -> Path:
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        path = Path(self.path) if self.path is not None else folder / "predictions.jsonl"
+        path = Path(self.path) if self.path is not None else self.folder / "predictions.jsonl"
         return path if trainer.global_rank == 0 else path.with_suffix(f".{trainer.global_rank}{path.suffix}")

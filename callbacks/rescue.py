@@ -20,6 +20,11 @@ class RescueCallback(Callback):
 
     def __init__(self) -> None:
         self.started = False
+        self.folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Asks for the run's folder, which all ranks must do together."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on there is something to keep."""
@@ -29,11 +34,10 @@ class RescueCallback(Callback):
         """Saves, and says where; an interrupt by hand is no error."""
         if not self.started or not isinstance(exception, Exception):
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(exception, SampleError) and trainer.is_global_zero:
             text = json.dumps({"message": str(exception), **exception.sample}, indent=2)
-            (folder / "rescue.json").write_text(text, encoding="utf-8")
-            rank_zero_info(f"the sample that stopped training: {folder / 'rescue.json'}")
-        trainer.save_checkpoint(folder / "rescue.ckpt")
-        rank_zero_info(f"the last good weights: {folder / 'rescue.ckpt'} (go on with --ckpt_path)")
+            (self.folder / "rescue.json").write_text(text, encoding="utf-8")
+            rank_zero_info(f"the sample that stopped training: {self.folder / 'rescue.json'}")
+        trainer.save_checkpoint(self.folder / "rescue.ckpt")
+        rank_zero_info(f"the last good weights: {self.folder / 'rescue.ckpt'} (go on with --ckpt_path)")

@@ -29,6 +29,11 @@ class SummaryCallback(Callback):
         self.accuracy: list[float] = []
         self.start = 0.0
         self.first_step = 0
+        self.folder = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Asks for the run's folder, which all ranks must do together."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock, where training is after a resume."""
@@ -74,7 +79,7 @@ class SummaryCallback(Callback):
                 lines += [f"{'last checkpoint':<18} {callback.last_model_path}"] * bool(
                     callback.last_model_path
                 )
-        lines.append(f"{'logs':<18} tensorboard --logdir {trainer.log_dir or trainer.default_root_dir}")
+        lines.append(f"{'logs':<18} tensorboard --logdir {self.folder}")
         _print("summary", lines)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -88,8 +93,7 @@ class SummaryCallback(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith(f"{prefix}/")
         }
-        folder = Path(trainer.log_dir or trainer.default_root_dir)
-        path = Path(self.path) if self.path is not None else folder / f"{prefix}.json"
+        path = Path(self.path) if self.path is not None else self.folder / f"{prefix}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({**results, "checkpoint": str(trainer.ckpt_path or "")}, indent=2)
         path.write_text(text, encoding="utf-8")

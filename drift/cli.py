@@ -99,6 +99,16 @@ class DriftCLI(LightningCLI):
         """Parses the arguments given; sys.argv stays as it is for the ranks that are launched from it."""
         self.config = parser.parse_args(args)
 
+    def instantiate_classes(self) -> None:
+        """Makes the objects; what they refuse is reported under the whole name of the setting."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            found = _config_error(error)
+            if found is None:
+                raise
+            raise ConfigError(f"{_places(str(found), self.config)}{found}") from error
+
     def _parse_ckpt_path(self) -> None:
         """Leaves the settings alone: Lightning would take them from the checkpoint."""
 
@@ -135,6 +145,16 @@ def run(arguments: Sequence[str]) -> None:
         if found is None:
             raise
         sys.exit(f"drift: error: {found}")
+
+
+def _places(message: str, config: Any) -> str:
+    """Where the setting that a message begins with stands: "threshold is 2.0" may be one of several."""
+    name = re.match(r"(\w+) is (\S+): ", message)
+    if name is None:
+        return ""
+    found = [key for key, value in vars(config.as_flat()).items() if key.endswith(f".{name[1]}")]
+    same = [key for key in found if repr(config[key]) == name[2]]
+    return f"{' or '.join(key.partition('.')[2] for key in same)}: " if same else ""
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -184,7 +204,15 @@ def _full_value(key: str, value: str) -> str:
     if key in ("--config", "-c"):
         return _config_file(value)
     module, suffix = _SHORT_NAMES.get(key.rpartition(".")[2], (None, ""))
-    return value + suffix if module is not None and value + suffix in module.__all__ else value
+    if module is None or not value.isidentifier() or value == "null":
+        return value  # a path or a file of the user's own
+    names = [name.removesuffix(suffix) for name in module.__all__ if name.endswith(suffix) and name != suffix]
+    if value.removesuffix(suffix) not in names:
+        raise ConfigError(
+            f"{key} is {value!r}: there is no such class{_nearest(value, names)}; give one of "
+            f"{', '.join(names)}, or the path of your own class"
+        )
+    return value.removesuffix(suffix) + suffix
 
 
 def _config_file(value: str) -> str:

@@ -27,7 +27,8 @@ class LossConfig:
         eps_low: PPO clip below 1 - eps_low; several updates per rollout only.
         eps_high: PPO clip above 1 + eps_high.
         entropy_coeff: weight of |H_ref - H| (of H without a reference).
-        normalisation: `token` divides by the kept tokens of the whole batch, `sample` by those of
+        normalisation: rows without a gradient (no advantage, beta and entropy_coeff 0) are left out of all
+            counts; `token` divides by the kept tokens of the whole batch, `sample` by those of
             each row, then by rows.
 
     Raises:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from drift.advantages import group_advantages, select_groups
@@ -19,11 +20,18 @@ from drift.contract import (
     SampleError,
     TokenLogProbs,
 )
-from drift.distributed import max_over_ranks, share_of_rank, sum_over_ranks, world_size
+from drift.distributed import (
+    gather_over_ranks,
+    max_over_ranks,
+    rank,
+    share_of_rank,
+    sum_over_ranks,
+    world_size,
+)
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
-from drift.models import DiffusionLM, load_policy
+from drift.models import DiffusionLM, load_policy, trainable_weights, weights_of
 from drift.optimizer import OptimizerConfig, clip_gradients
 from drift.policy_module import DType, PolicyModule, require_rollout
 from drift.randomness import fold
@@ -31,6 +39,7 @@ from drift.samplers import TimestepSampler, WeightedSampler
 
 # Sets the draws of plans apart from those of the rollout, which are keyed by the same seeds.
 _PLAN = -1
+_ROLLOUT = "rollout_at_hand"
 _COUNTS = ("num_kept", "num_scored")
 
 
@@ -83,7 +92,7 @@ class RLDFModule(PolicyModule):
         self.learned: Rollout | None = None  # the rows in training, of the rollout at hand
         # [N,C] what the last update gave to the tokens it scored; 0 elsewhere.
         self.trained_probs: Tensor | None = None
-        self._old_parameters: list[Tensor] = []
+        self._old_weights: list[Tensor] = []
         # Not a submodule: no checkpoint keys, no optimizer state, never in train mode.
         object.__setattr__(self, "reference", None)
         self.reference: DiffusionLM | None
@@ -97,9 +106,24 @@ class RLDFModule(PolicyModule):
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
 
     def on_fit_start(self) -> None:
-        """Moves the reference to the policy's device: Lightning doesn't know it."""
+        """Moves what Lightning doesn't know to the policy's device."""
         if self.reference is not None:
             nn.Module.to(self.reference, self.device)
+        self.learned = move_data_to_device(self.learned, self.device)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the rollout at hand, and the weights that made it, where further updates of it are to come."""
+        if self.learned is None or self.global_step % self.num_updates == 0:
+            return
+        rollout = {f.name: getattr(self.learned, f.name) for f in fields(self.learned)}
+        checkpoint[_ROLLOUT] = gather_over_ranks({"rollout": rollout, "old": self._old_weights})
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up the rollout at hand; on another number of ranks the next update makes a new one."""
+        states = checkpoint.get(_ROLLOUT, [])
+        if len(states) == world_size():
+            self.learned = Rollout(**states[rank()]["rollout"])
+            self._old_weights = states[rank()]["old"]
 
     def needs_rollout(self, batch: PromptBatch) -> bool:
         """Whether the batch is to be rolled out: not again for the further updates of the rollout at hand."""
@@ -197,16 +221,10 @@ class RLDFModule(PolicyModule):
         """Log-probabilities of the weights that made the rollout; None with one update per rollout."""
         if self.num_updates == 1:
             return None
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        if update == 0 or not self._old_parameters:
-            self._old_parameters = [p.detach().clone() for p in parameters]
+        if update == 0 or not self._old_weights:
+            self._old_weights = trainable_weights(self.policy)
+        with weights_of(self.policy, self._old_weights):
             return self._score_all(noisy)
-        now = [p.detach().clone() for p in parameters]
-        try:
-            _overwrite(parameters, self._old_parameters)
-            return self._score_all(noisy)
-        finally:
-            _overwrite(parameters, now)
 
     @torch.no_grad()
     def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None) -> tuple[Tensor | None, Tensor]:
@@ -271,18 +289,12 @@ class RLDFModule(PolicyModule):
         names += ["ratio", "clip_fraction"] * (self.num_updates > 1)
         sums = [torch.stack([zero, *(o.parts[name] for o in outputs)]).sum() for name in names]
         sums += [torch.stack([zero, *(getattr(o, name).float() for o in outputs)]).sum() for name in _COUNTS]
-        sums.append(torch.stack([zero, *(o.loss.detach() for o in outputs)]).sum())
-        *parts, num_kept, num_scored, total = sum_over_ranks(torch.stack(sums))
+        sums += [torch.stack([zero, *(o.loss.detach() for o in outputs)]).sum(), zero + len(noisy)]
+        *parts, num_kept, num_scored, total, num_states = sum_over_ranks(torch.stack(sums))
         self.log("loss/total", total, prog_bar=True)
         self.log_dict({f"loss/{name}": value for name, value in zip(names, parts, strict=True)})
         self.log("loss/kept_share", num_kept / num_scored.clamp(min=1))
-        self.log("update/noisy_states", float(len(noisy)))
+        self.log("update/noisy_states", num_states)
         self.log("update/grad_norm", norm)
         self.log("update/seconds", seconds)
         self.log("update/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def _overwrite(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    # In place: sharded parameters must keep their storage.
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)

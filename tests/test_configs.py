@@ -146,7 +146,7 @@ def test_llada_math_trains_resumes_and_tests(golden: Path, shared: Path, tmp_pat
     # One token a character: longer prompts are dropped, as the recipe says.
     rows = json.loads((tmp_path / "MATH500.json").read_text())
     tests = [MathTask().problem(row).prompt for row in rows]
-    num_tests = sum(len(prompt) <= 250 for prompt in tests)
+    num_tests = sum(len(prompt) <= 190 for prompt in tests)
     assert 0 < num_tests < 4
     arguments = [
         "--config=llada_math",
@@ -156,7 +156,7 @@ def test_llada_math_trains_resumes_and_tests(golden: Path, shared: Path, tmp_pat
         f"--data.test.path={tmp_path / 'MATH500.json'}",
         "--data.validation.limit=4",
         "--data.test.limit=4",
-        "--data.max_prompt_length=250",
+        "--data.max_prompt_length=190",
         "--data.prompts_per_step=2",
         "--data.evaluation_batch_size=4",
         "--model.train_groups=1",

@@ -228,8 +228,9 @@ def test_one_micro_batch_is_scored_once_and_several_twice_where_the_denominator_
     _, parts = train(loss=LossConfig(tau=0.6), micro_batch_size=10)
     _, no_clip = train(loss=LossConfig(tau=0.0), micro_batch_size=10)
     assert whole.num_states == [24]
-    assert parts.num_states == [10, 10, 4] * 2
-    assert no_clip.num_states == [10, 10, 4]
+    # Three micro-batches of equal size: once for the count, once for the gradient.
+    assert parts.num_states == [8, 8, 8] * 2
+    assert no_clip.num_states == [8, 8, 8]
 
 
 class FlatFor(PerSampleReward):

@@ -119,7 +119,9 @@ class PromptDataModule(LightningDataModule):
             raise ConfigError(
                 f"data.tokenizer is {str(path)!r}: it has no padding token; add pad_token to its files"
             )
-        self.template = PromptTemplate(tokenizer, self.system_prompt, self.max_prompt_length)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        mask_token_id = getattr(module, "policy_config", {}).get("mask_token_id")
+        self.template = PromptTemplate(tokenizer, self.system_prompt, self.max_prompt_length, mask_token_id)
         if stage == "fit":
             if self.trainer is not None and self.trainer.max_steps < 0:
                 raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")

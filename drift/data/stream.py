@@ -162,9 +162,6 @@ class EvaluationPrompts(IterableDataset[PromptBatch]):
         self.batch_size = batch_size
         self.places = range(rank, len(rows), world_size)
 
-    def __len__(self) -> int:
-        return -(-len(self.places) // self.batch_size)
-
     def __iter__(self) -> Iterator[PromptBatch]:
         """The batches in order."""
         for start in range(0, len(self.places), self.batch_size):

@@ -14,14 +14,20 @@ class PromptTemplate:
         tokenizer: of the policy.
         system_prompt: put before every prompt, as a system turn where there is a chat template.
         max_length: longest prompt in tokens.
+        mask_token_id: of the policy: not every tokenizer says which of its tokens is the mask. None: it does.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, system_prompt: str | None, max_length: int
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        system_prompt: str | None,
+        max_length: int,
+        mask_token_id: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.system_prompt = system_prompt
         self.max_length = max_length
+        self.mask_token_id = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
 
     def render(self, problem: Problem) -> str:
         """The text that the policy is prompted with."""
@@ -51,9 +57,10 @@ class PromptTemplate:
                 f"{where}: its prompt has {len(ids)} tokens, data.max_prompt_length is {self.max_length}; "
                 "raise it, or set data.long_prompts: drop"
             )
-        if self.tokenizer.mask_token_id in ids:
+        if self.mask_token_id is not None and self.mask_token_id in ids:
+            mask = self.tokenizer.convert_ids_to_tokens(self.mask_token_id)
             raise ConfigError(
-                f"{where}: its prompt holds the mask token {self.tokenizer.mask_token!r}, "
+                f"{where}: its prompt holds the mask token {mask!r}, "
                 "which the policy would read as a position to fill in; drop the row"
             )
         return ids

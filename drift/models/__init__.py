@@ -9,6 +9,7 @@ from drift.models.loading import (
     require_matching_tokenizer,
     resolve_folder,
 )
+from drift.models.snapshot import trainable_weights, weights_of
 
 __all__ = [
     "DiffusionLM",
@@ -20,4 +21,6 @@ __all__ = [
     "read_config",
     "require_matching_tokenizer",
     "resolve_folder",
+    "trainable_weights",
+    "weights_of",
 ]

@@ -85,7 +85,8 @@ def test_state_can_be_loaded_without_executing_anything(tmp_path):
 
 def test_looks_at_the_logged_figures():
     found, trainer = callback(window=1), SimpleNamespace(callback_metrics={})
-    found.on_train_batch_end(trainer, None, None, None, 0)
+    batch = SimpleNamespace(rollout="a rollout")
+    found.on_train_batch_end(trainer, None, None, batch, 0)
     assert not found.recent
     for number, (reward, timesteps) in enumerate((GOOD, BAD)):
         trainer.callback_metrics = {
@@ -93,10 +94,13 @@ def test_looks_at_the_logged_figures():
             "rollout/timesteps": torch.tensor(timesteps),
         }
         if number == 0:
-            found.on_train_batch_end(trainer, None, None, None, 0)
+            found.on_train_batch_end(trainer, None, None, batch, 0)
+            # A further update of the same rollout is not looked at again.
+            found.on_train_batch_end(trainer, None, None, SimpleNamespace(rollout=None), 1)
+            assert list(found.recent) == [pytest.approx(GOOD)]
         else:
             with pytest.warns(UserWarning, match="over-confident collapse"):
-                found.on_train_batch_end(trainer, None, None, None, 1)
+                found.on_train_batch_end(trainer, None, None, batch, 2)
 
 
 @pytest.mark.parametrize(

@@ -46,5 +46,7 @@ def test_a_second_run_starts_an_empty_file(tiny_folder, spread_task, make_traine
 def test_each_rank_writes_a_file_of_its_own(tmp_path: Path):
     for rank in range(2):
         trainer = SimpleNamespace(log_dir=str(tmp_path), default_root_dir=None, global_rank=rank)
-        PredictionCallback().on_predict_start(trainer, None)
+        predictions = PredictionCallback()
+        predictions.setup(trainer, None, "predict")
+        predictions.on_predict_start(trainer, None)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["predictions.1.jsonl", "predictions.jsonl"]

@@ -37,8 +37,8 @@ def train(
 def test_one_bar_counts_steps_and_shows_the_stage(tiny_folder, spread_task, make_trainer, tmp_path: Path):
     spy = Spy()
     trainer = train(tiny_folder, spread_task, make_trainer, spy, 2, micro_batch_size=12)
-    # Two blocks of a rollout; then 2 prompts x 2 completions x 4 timesteps = 16 noisy states, 12 and 4.
-    expected = ["rollout  50%: ", "rollout 100%: ", "update  75%: ", "update 100%: "]
+    # Two blocks of a rollout; then 2 prompts x 2 completions x 4 timesteps = 16 noisy states, 8 and 8.
+    expected = ["rollout  50%: ", "rollout 100%: ", "update  50%: ", "update 100%: "]
     assert spy.shown == expected * 2
     assert spy.starts == [1, 2]
     assert spy.totals == [2, 2]

@@ -95,11 +95,32 @@ def test_long_texts_are_shortened_on_the_screen_only():
     assert text in at.loggers[0].texts[0][1]
 
 
-@pytest.mark.parametrize(("step", "shown"), [(9, False), (10, True), (15, False), (20, True)])
-def test_shows_every_few_steps(step: int, shown: bool):
-    at = trainer(step)
-    show(at, batch("a", "b"), every=10)
-    assert bool(at.progress_bar_callback.text) == bool(at.loggers[0].texts) == shown
+def steps_shown(callback: SampleTableCallback, first: int, last: int, num_updates: int = 1) -> list[int]:
+    """The steps that end with a table; only the first update's batch has the rollout."""
+    callback.on_train_start(trainer(first), None)
+    shown = []
+    for step in range(first + 1, last + 1):
+        prompts, at = batch("a", "b"), trainer(step)
+        if (step - 1) % num_updates:
+            prompts.rollout = None
+        callback.on_train_batch_end(at, None, None, prompts, 0)
+        assert bool(at.progress_bar_callback.text) == bool(at.loggers[0].texts)
+        shown += [step] * bool(at.loggers[0].texts)
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("every", "first", "num_updates", "expected"),
+    [
+        (10, 0, 1, [10, 20]),
+        (1, 22, 1, [23, 24]),
+        (10, 5, 1, [15]),  # after a resume
+        (4, 0, 2, [5, 9, 13, 17, 21]),  # rollouts at the odd steps only
+        (10, 0, 3, [10, 22]),  # rollouts at 1, 4, 7, 10, 13, 16, 19, 22
+    ],
+)
+def test_shows_every_few_steps(every: int, first: int, num_updates: int, expected: list[int]):
+    assert steps_shown(SampleTableCallback(every=every), first, 24, num_updates) == expected
 
 
 def test_only_rank_0_shows():
@@ -116,19 +137,6 @@ def test_no_bar_and_no_rollout_are_fine():
     prompts = batch("a", "b")
     prompts.rollout = None
     show(trainer(10), prompts)
-
-
-def test_tables_are_shown_with_several_updates_a_rollout():
-    """Only the first update's batch has the rollout: with two updates that is after steps 1, 3, 5 ..."""
-    callback, shown = SampleTableCallback(every=4), 0
-    for step in range(1, 17):
-        prompts = batch("a", "b")
-        prompts.update = (step - 1) % 2
-        prompts.rollout = prompts.rollout if prompts.update == 0 else None
-        at = trainer(step)
-        callback.on_train_batch_end(at, None, None, prompts, 0)
-        shown += len(at.progress_bar_callback.text)
-    assert shown == 4
 
 
 @pytest.mark.parametrize("key", ["every", "num"])

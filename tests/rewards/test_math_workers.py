@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from drift.contract import ConfigError
 from drift.rewards.math_workers import JudgePool, JudgeProcess
 
 # A stand-in judge: it obeys its answers instead of judging them.
@@ -144,7 +145,7 @@ def test_judges_start_when_needed_and_work_side_by_side(tmp_path: Path):
 )
 def test_a_judge_that_cannot_start_is_an_error(tmp_path: Path, program: str, reason: str):
     pool = JudgePool(2, 5.0, command(tmp_path, program))
-    with pytest.raises(RuntimeError, match=f"cannot start: {reason}.*pip install math-verify"):
+    with pytest.raises(ConfigError, match=f"cannot start: {reason}.*pip install math-verify"):
         pool.judge([("yes", ""), ("yes", "")])
 
 

@@ -1,0 +1,38 @@
+"""The weights of a policy at one moment, to score with them later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def trainable_weights(policy: nn.Module) -> list[Tensor]:
+    """Copies of the trainable parameters, in their order."""
+    return [p.detach().clone() for p in policy.parameters() if p.requires_grad]
+
+
+@contextmanager
+def weights_of(policy: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
+    """A context in which the policy has other trainable weights; afterwards it has its own again.
+
+    Args:
+        policy: the policy.
+        weights: what `trainable_weights` gave at another moment.
+    """
+    now = trainable_weights(policy)
+    try:
+        _overwrite(policy, weights)
+        yield
+    finally:
+        _overwrite(policy, now)
+
+
+@torch.no_grad()
+def _overwrite(policy: nn.Module, weights: Sequence[Tensor]) -> None:
+    # In place: sharded parameters must keep their storage.
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    for parameter, value in zip(parameters, weights, strict=True):
+        parameter.copy_(value)
