@@ -21,6 +21,19 @@ class ConfigError(ValueError):
     """A setting or an input that cannot work: the message names the key, the value and the fix."""
 
 
+def require(settings: object, good: bool, key: str, fix: str) -> None:
+    """Raises ConfigError, with the key, its value and the fix, unless a setting is good.
+
+    Args:
+        settings: the object whose attribute `key` is.
+        good: whether the value can work.
+        key: name of the setting.
+        fix: what to set it to.
+    """
+    if not good:
+        raise ConfigError(f"{key} is {getattr(settings, key)!r}: {fix}")
+
+
 class SampleError(RuntimeError):
     """Training met a sample that it cannot go on with; `sample` holds what is needed to look at it.
 

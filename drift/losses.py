@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from drift.contract import ConfigError, LossOutput, MaskedBatch, TokenLogProbs
+from drift.contract import LossOutput, MaskedBatch, TokenLogProbs, require
 
 KL = Literal["k1", "k2", "k3"]
 Normalisation = Literal["token", "sample"]
@@ -44,21 +44,19 @@ class LossConfig:
     normalisation: Normalisation = "token"
 
     def __post_init__(self) -> None:
-        def require(good: bool, key: str, fix: str) -> None:
-            if not good:
-                raise ConfigError(f"{key} is {getattr(self, key)!r}: {fix}")
-
-        require(0 <= self.tau <= 1, "tau", "set it to a probability in [0, 1]")
+        require(self, 0 <= self.tau <= 1, "tau", "set it to a probability in [0, 1]")
         require(
+            self,
             math.isfinite(self.beta) and self.beta >= 0,
             "beta",
             "set it to 0 (no reference) or a positive number",
         )
-        require(self.kl in get_args(KL), "kl", f"choose one of {list(get_args(KL))}")
-        require(0 <= self.eps_low < 1, "eps_low", "set it in [0, 1)")
-        require(self.eps_high >= 0, "eps_high", "set it to 0 or more")
-        require(math.isfinite(self.entropy_coeff), "entropy_coeff", "set it to a finite number")
+        require(self, self.kl in get_args(KL), "kl", f"choose one of {list(get_args(KL))}")
+        require(self, 0 <= self.eps_low < 1, "eps_low", "set it in [0, 1)")
+        require(self, self.eps_high >= 0, "eps_high", "set it to 0 or more")
+        require(self, math.isfinite(self.entropy_coeff), "entropy_coeff", "set it to a finite number")
         require(
+            self,
             self.normalisation in get_args(Normalisation),
             "normalisation",
             f"choose one of {list(get_args(Normalisation))}",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from drift.contract import ConfigError
+from drift.contract import require
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -41,16 +41,19 @@ class OptimizerConfig:
     schedule: Schedule = "constant"
 
     def __post_init__(self) -> None:
-        def require(good: bool, key: str, fix: str) -> None:
-            if not good:
-                raise ConfigError(f"{key} is {getattr(self, key)!r}: {fix}")
-
-        require(math.isfinite(self.lr) and self.lr > 0, "lr", "set it to a positive number")
-        require(all(0 <= beta < 1 for beta in self.betas), "betas", "set both in [0, 1)")
-        require(self.weight_decay >= 0, "weight_decay", "set it to 0 or more")
-        require(self.gradient_clip > 0, "gradient_clip", "set it to a positive norm, or .inf for no clipping")
-        require(self.warmup_steps >= 0, "warmup_steps", "set it to 0 or more optimizer steps")
-        require(self.schedule in get_args(Schedule), "schedule", f"choose one of {list(get_args(Schedule))}")
+        require(self, math.isfinite(self.lr) and self.lr > 0, "lr", "set it to a positive number")
+        require(self, all(0 <= beta < 1 for beta in self.betas), "betas", "set both in [0, 1)")
+        require(self, self.weight_decay >= 0, "weight_decay", "set it to 0 or more")
+        require(
+            self,
+            self.gradient_clip > 0,
+            "gradient_clip",
+            "set it to a positive norm, or .inf for no clipping",
+        )
+        require(self, self.warmup_steps >= 0, "warmup_steps", "set it to 0 or more optimizer steps")
+        require(
+            self, self.schedule in get_args(Schedule), "schedule", f"choose one of {list(get_args(Schedule))}"
+        )
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

@@ -98,7 +98,7 @@ def test_python_of_the_readme_trains(playground, capsys):
     training = next(block for block in blocks("python") if "Trainer(" in block)
     assert len([line for line in training.splitlines() if line.strip()]) <= 18
     for long, short in (
-        ("max_steps=40", "max_steps=1, logger=False, enable_checkpointing=False"),
+        ("max_steps=30", "max_steps=1, logger=False, enable_checkpointing=False"),
         ("prompts_per_step=16", "prompts_per_step=2, num_test=4, num_validation=4"),
         ("group_size=8", "group_size=2"),
     ):

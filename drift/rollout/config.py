@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from drift.contract import ConfigError
+from drift.contract import ConfigError, require
 
 Score = Literal["confidence", "margin", "neg_entropy", "random"]
 BlockOpening = Literal["confidence", "first_token"]
@@ -51,46 +51,57 @@ class DenoiseConfig:
     stop_at_padding: bool = True
 
     def __post_init__(self) -> None:
-        def require(good: bool, key: str, fix: str) -> None:
-            if not good:
-                raise ConfigError(f"{key} is {getattr(self, key)!r}: {fix}")
-
-        require(self.block_length >= 1, "block_length", "set it to 1 or more positions")
-        require(self.score in get_args(Score), "score", f"choose one of {list(get_args(Score))}")
+        require(self, self.block_length >= 1, "block_length", "set it to 1 or more positions")
+        require(self, self.score in get_args(Score), "score", f"choose one of {list(get_args(Score))}")
         require(
+            self,
             self.block_opening in get_args(BlockOpening),
             "block_opening",
             f"choose one of {list(get_args(BlockOpening))}",
         )
         require(
+            self,
             math.isfinite(self.temperature) and self.temperature >= 0,
             "temperature",
             "set it to 0 (most likely token) or a positive number",
         )
-        require(self.top_p is None or 0 < self.top_p <= 1, "top_p", "set it in (0, 1], or null for no filter")
         require(
+            self,
+            self.top_p is None or 0 < self.top_p <= 1,
+            "top_p",
+            "set it in (0, 1], or null for no filter",
+        )
+        require(
+            self,
             self.top_k is None or self.top_k >= 1,
             "top_k",
             "set it to 1 or more tokens, or null for no filter",
         )
         require(
+            self,
             self.horizon is None or self.horizon >= 0,
             "horizon",
             "set it to 0 or more positions, or null for all",
         )
-        require(self.steps is None or self.steps >= 1, "steps", "set it to 1 or more denoising steps")
+        require(self, self.steps is None or self.steps >= 1, "steps", "set it to 1 or more denoising steps")
         if self.threshold is None:
             require(
+                self,
                 self.steps is not None,
                 "steps",
                 "with threshold: null the schedule is static and needs a number",
             )
         elif self.score == "neg_entropy":
             require(
-                self.threshold <= 0, "threshold", "scores are negative entropies: set it to 0 or less (nats)"
+                self,
+                self.threshold <= 0,
+                "threshold",
+                "scores are negative entropies: set it to 0 or less (nats)",
             )
         else:
-            require(0 < self.threshold <= 1, "threshold", "set it in (0, 1], or null for a static schedule")
+            require(
+                self, 0 < self.threshold <= 1, "threshold", "set it in (0, 1], or null for a static schedule"
+            )
 
     def require_fits(self, completion_length: int) -> None:
         """Raises ConfigError where a completion of this length cannot be decoded with these settings."""
