@@ -142,7 +142,7 @@ def test_command_help_is_printed(capsys):
 
 def test_shipped_configs_are_found_by_name(settings):
     found = settings("fit", "--config", "quickstart")
-    assert found["trainer"]["max_steps"] == 40
+    assert found["trainer"]["max_steps"] == 30
     assert found["model"]["policy"] == "sudoku_base"
     # The base is always there.
     assert found["trainer"]["val_check_interval"] == 10
@@ -154,7 +154,7 @@ def test_several_configs_merge_and_the_later_one_wins(settings, tmp_path: Path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("model:\n  loss:\n    tau: 0.25\n  sampler:\n    init_args:\n      k: 7\n")
     found = settings("fit", "--config", "quickstart", "--config", "sampler/weighted", "--config", str(mine))
-    assert found["model"]["loss"] | {"tau": 0.25, "beta": 0.04} == found["model"]["loss"]
+    assert found["model"]["loss"] | {"tau": 0.25, "beta": 0.01} == found["model"]["loss"]
     assert found["model"]["sampler"]["init_args"] == {"k": 7, "temperature": 1.0}
     found = settings("fit", "--config", "quickstart", "--config", str(mine), "--config", "sampler/weighted")
     assert found["model"]["sampler"]["init_args"]["k"] == 4

@@ -33,7 +33,8 @@ def candidates(logits: Tensor, config: DenoiseConfig, uniforms: Tensor) -> Candi
     else:
         token = sample(logits, uniforms[:, 0], config)
         top = logits.gather(-1, token[:, None])[:, 0]
-    prob = (top - log_total).exp()
+    # Above 0 even where it underflows: 0 says that nothing was recorded.
+    prob = (top - log_total).exp().clamp(min=torch.finfo(torch.float32).tiny)
     if config.score == "confidence":
         score = prob
     elif config.score == "margin":

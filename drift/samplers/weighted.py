@@ -40,13 +40,16 @@ class WeightedSampler(TimestepSampler):
         """How unsure the policy was: [N,S] float32, -mean log token_prob of valid tokens, -inf where none.
 
         Raises:
-            ConfigError: where the rollout recorded no token probabilities.
+            ConfigError: where the rollout, or one of its rows, recorded no token probabilities.
         """
         valid = rollout.completion_mask
-        if rollout.token_probs is None or bool((valid & (rollout.token_probs == 0)).any()):
+        # One token's probability may have underflowed to 0; a whole row's were never recorded.
+        if rollout.token_probs is None or bool(
+            (valid.any(dim=1) & ~(valid & (rollout.token_probs > 0)).any(dim=1)).any()
+        ):
             raise ConfigError(
-                "token_probs is missing or 0 at valid tokens: a weighted sampler needs the probabilities "
-                "that the rollout recorded; use UniformSampler for rollouts without them"
+                "token_probs is missing, or 0 at all valid tokens of a row: a weighted sampler needs the "
+                "probabilities that the rollout recorded; use UniformSampler for rollouts without them"
             )
         surprise = -rollout.token_probs.clamp(min=_MIN_PROB).log() * valid
         total = torch.zeros(valid.shape[0], int(rollout.step_map.max()) + 1, device=surprise.device)

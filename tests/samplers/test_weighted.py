@@ -187,10 +187,10 @@ def test_a_generator_goes_before_the_seeds():
     assert not (drawn[0] == drawn[0][:, :1]).all()
 
 
-@pytest.mark.parametrize("probs", [None, [[0.7, 0.9, 0.0, 0.1]]])
+@pytest.mark.parametrize("probs", [None, [[0.7, 0.9, 0.2, 0.1], [0.0, 0.0, 0.0, 0.0]]])
 def test_probabilities_that_were_not_recorded_are_refused(probs: list | None):
-    source = rollout([[3, 0, 2, 1]], probs)
-    with pytest.raises(ConfigError, match=r"token_probs is missing or 0 at valid tokens.*use UniformSampler"):
+    source = rollout([[3, 0, 2, 1]] * 2, probs)
+    with pytest.raises(ConfigError, match=r"token_probs is missing, or 0 at all valid.*use UniformSampler"):
         WeightedSampler().plan(source)
     UniformSampler().plan(source)
 
@@ -206,3 +206,11 @@ def test_a_k_below_one_is_refused(sampler: type, k: int):
 def test_a_temperature_below_zero_is_refused(temperature: float):
     with pytest.raises(ConfigError, match=f"temperature is {temperature}: set it to 0"):
         WeightedSampler(temperature=temperature)
+
+
+def test_a_probability_that_underflowed_is_the_smallest_not_a_missing_one():
+    # Row 0: -ln(1e-10) = 23.026 at timestep 2. Row 1 has no valid token, hence nothing to record.
+    source = rollout([[3, 0, 2, 1]] * 2, [[0.5, 0.5, 0.0, 0.5], [0.0] * 4], [[1, 1, 1, 1], [0, 0, 0, 0]])
+    found = WeightedSampler().weights(source)
+    torch.testing.assert_close(found[0], torch.tensor([0.6931, 0.6931, 23.0259, 0.6931]), rtol=0, atol=1e-4)
+    assert (found[1] == -torch.inf).all()
