@@ -4,13 +4,14 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from drift.cli import run
 from drift.contract import Rollout
-from drift.models import LLaDA, LLaDAConfig
+from drift.models import LLaDA, LLaDAConfig, load_policy
 from drift.models.characters import character_tokenizer
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
@@ -94,20 +95,27 @@ def test_llada_math_command_runs_on_a_tiny_policy(playground):
     assert list(playground.glob("runs/llada_math/version_0/checkpoints/last.ckpt"))
 
 
-def test_python_of_the_readme_trains(playground, capsys):
+def test_python_of_the_readme_is_the_quickstart(playground, capsys):
     training = next(block for block in blocks("python") if "Trainer(" in block)
-    assert len([line for line in training.splitlines() if line.strip()]) <= 18
+    assert len([line for line in training.splitlines() if line.strip()]) <= 17
     for long, short in (
-        ("max_steps=30", "max_steps=1, logger=False, enable_checkpointing=False"),
-        ("prompts_per_step=16", "prompts_per_step=2, num_test=4, num_validation=4"),
-        ("group_size=8", "group_size=2"),
+        ("max_steps=30", "max_steps=3, logger=False, enable_checkpointing=False"),
+        ("prompts_per_step=16", "prompts_per_step=4, num_test=4, num_validation=4"),
     ):
         assert long in training
         training = training.replace(long, short)
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(training, names)
-    assert names["trainer"].global_step == 1  # type: ignore[attr-defined]
+    assert names["trainer"].global_step == 3
     assert "test/accuracy" in capsys.readouterr().out
+    small = "--trainer.max_steps 3 --trainer.limit_val_batches 0 --data.prompts_per_step 4"
+    run(["fit", "--config", "quickstart", *shlex.split(small)])
+    checkpoint = torch.load("runs/quickstart/version_0/checkpoints/last.ckpt", weights_only=True)
+    ours = names["module"].state_dict()
+    assert ours.keys() == checkpoint["state_dict"].keys()
+    assert all(torch.equal(value, ours[name]) for name, value in checkpoint["state_dict"].items())
+    base = load_policy("sudoku_base").state_dict()
+    assert any(not torch.equal(value, ours[f"policy.{name}"]) for name, value in base.items())
 
 
 def test_sampler_of_the_readme_plans():
