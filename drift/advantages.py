@@ -22,7 +22,9 @@ def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """
     groups = rewards.float().unflatten(0, (-1, group_size))
     centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / groups.std(dim=1, keepdim=True).clamp(min=MIN_STD)).flatten()
+    scaled = centred / groups.std(dim=1, keepdim=True).clamp(min=MIN_STD)
+    # The mean of equal numbers is rounded; AdamW would make whole steps of what is left over.
+    return scaled.masked_fill(~_differs(groups)[:, None], 0.0).flatten()
 
 
 def select_groups(rewards: Tensor, num_timesteps: Tensor, group_size: int, num_groups: int) -> Tensor:
@@ -42,7 +44,7 @@ def select_groups(rewards: Tensor, num_timesteps: Tensor, group_size: int, num_g
     """
     groups = rewards.float().unflatten(0, (-1, group_size))
     effort = num_timesteps.float().unflatten(0, (-1, group_size)).mean(dim=1)
-    differs = groups.amax(dim=1) > groups.amin(dim=1)
+    differs = _differs(groups)
     level = groups.mean(dim=1)
     # Sort keys, most important last: each stable sort keeps the order of the ones before it among equals.
     order = torch.arange(len(level), device=rewards.device)
@@ -54,3 +56,8 @@ def select_groups(rewards: Tensor, num_timesteps: Tensor, group_size: int, num_g
         order = order[key[order].argsort(descending=True, stable=True)]
     chosen = order[:num_groups].sort().values
     return (chosen[:, None] * group_size + torch.arange(group_size, device=rewards.device)).flatten()
+
+
+def _differs(groups: Tensor) -> Tensor:
+    """[G] bool, groups whose rewards are not all equal, of [G,group_size]."""
+    return groups.amax(dim=1) > groups.amin(dim=1)

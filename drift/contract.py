@@ -85,6 +85,7 @@ class Rollout:
     rewards: Tensor | None = None  # [N,R] float32, weighted reward parts; their sum is the training reward
     correct: Tensor | None = None  # [N] bool, by the task's own reward
     advantages: Tensor | None = None  # [N] float32
+    trained: Tensor | None = None  # [N] bool, rows to train on; None: all
     seeds: Tensor | None = None  # [N] int64, key of every random draw made for the row
 
     def select(self, rows: Tensor) -> Rollout:
@@ -122,7 +123,7 @@ class MaskedBatch:
     slot: Tensor  # [M] int64 in [0,K), which of the plan's K draws this is
     row: Tensor  # [M] int64 in [0,N), which rollout this is
     advantages: Tensor  # [M] float32
-    num_slots: int  # K of the plan
+    num_slots: int  # K of the plan, counted up to the last draw that has a state
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -39,6 +39,15 @@ def gather_over_ranks(value: Any) -> list[Any]:
     return values
 
 
+def rows_over_ranks(value: Tensor) -> Tensor:
+    """Every rank's rows, one rank after the other, on every rank: [ranks * N,...] of each rank's [N,...]."""
+    if world_size() == 1:
+        return value
+    parts = [torch.empty_like(value) for _ in range(world_size())]
+    dist.all_gather(parts, value.contiguous())
+    return torch.cat(parts)
+
+
 def max_over_ranks(value: int, device: torch.device) -> int:
     """The largest of the ranks' whole numbers, on every rank.
 

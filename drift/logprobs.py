@@ -39,6 +39,6 @@ def token_logprobs(
         return logp, log_total - (logits.softmax(dim=-1) * logits).sum(dim=-1)
 
     found = policy.head(hidden, reduce, batch.targets[batch.scored], chunk_size=chunk_size)
-    shape, device = batch.scored.shape, hidden.device
-    spread = [torch.zeros(shape, device=device).masked_scatter(batch.scored, values) for values in found]
+    blank = torch.zeros(batch.scored.shape, dtype=torch.float32, device=hidden.device)
+    spread = [blank.masked_scatter(batch.scored, values) for values in found]
     return TokenLogProbs(logp=spread[0], entropy=spread[1] if entropy else None)

@@ -78,7 +78,7 @@ def kept_tokens(feedback: TokenLogProbs, batch: MaskedBatch, tau: float) -> Tens
 
 def kept_per_slot(kept: Tensor, batch: MaskedBatch) -> Tensor:
     """[K] float32, kept tokens of each of the plan's draws: what normalisation `token` divides by."""
-    count = torch.zeros(batch.num_slots, device=kept.device)
+    count = torch.zeros(batch.num_slots, dtype=torch.float32, device=kept.device)
     return count.index_add(0, batch.slot, kept.sum(dim=1).float())
 
 

@@ -20,8 +20,8 @@ def masked_batch(
         rows: [N] bool, rollouts to take; None: all.
 
     Returns:
-        M noisy states. Positions committed at or after the timestep are masked, padding included, and the
-        rest of the completion is as the policy saw it.
+        M noisy states, of as many draws as the longest of the rows has. Positions committed at or after the
+        timestep are masked, padding included, and the rest of the completion is as the policy saw it.
     """
     real = plan.weight > 0
     if rows is not None:
@@ -33,7 +33,7 @@ def masked_batch(
     prompt_mask = rollout.prompt_mask[row]
     advantages = rollout.advantages
     if advantages is None:
-        advantages = torch.zeros(rollout.completion_ids.shape[0], device=row.device)
+        advantages = torch.zeros(rollout.completion_ids.shape[0], dtype=torch.float32, device=row.device)
     return MaskedBatch(
         input_ids=torch.cat((rollout.prompt_ids[row], completion.masked_fill(masked, mask_token_id)), dim=1),
         attention_mask=torch.cat((prompt_mask, torch.ones_like(masked)), dim=1),
@@ -45,5 +45,6 @@ def masked_batch(
         slot=slot,
         row=row,
         advantages=advantages[row],
-        num_slots=plan.weight.shape[0],
+        # Draws that only rows left out had (of a plan as long as its longest row) don't count in the mean.
+        num_slots=int(slot[-1]) + 1 if len(slot) else 0,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from drift.distributed import (
     gather_over_ranks,
     max_over_ranks,
     rank,
-    share_of_rank,
+    rows_over_ranks,
     sum_over_ranks,
     world_size,
 )
@@ -56,7 +56,8 @@ class RLDFModule(PolicyModule):
         num_updates: optimizer steps from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.
         train_groups: groups of completions to train on, of all rolled out, over all ranks; None: all.
         micro_batch_size: noisy states in one forward and backward pass; the result does not depend on it.
-        dtype: dtype of the policy's parameters.
+        dtype: dtype of the policy's parameters; with bfloat16 an update below 1/256 of a weight is lost, so
+            keep float32 (with trainer.precision bf16-mixed) for learning rates like 1e-6.
 
     Raises:
         ConfigError: where a value is outside its range or there is no such policy.
@@ -89,7 +90,7 @@ class RLDFModule(PolicyModule):
         self.train_groups = train_groups
         self.micro_batch_size = micro_batch_size
         self.automatic_optimization = False
-        self.learned: Rollout | None = None  # the rows in training, of the rollout at hand
+        self.learned: Rollout | None = None  # the rollout at hand
         # [N,C] what the last update gave to the tokens it scored; 0 elsewhere.
         self.trained_probs: Tensor | None = None
         self._old_weights: list[Tensor] = []
@@ -116,14 +117,14 @@ class RLDFModule(PolicyModule):
         if self.learned is None or self.global_step % self.num_updates == 0:
             return
         rollout = {f.name: getattr(self.learned, f.name) for f in fields(self.learned)}
-        checkpoint[_ROLLOUT] = gather_over_ranks({"rollout": rollout, "old": self._old_weights})
+        checkpoint[_ROLLOUT] = {"ranks": gather_over_ranks(rollout), "old": self._old_weights}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up the rollout at hand; on another number of ranks the next update makes a new one."""
-        states = checkpoint.get(_ROLLOUT, [])
-        if len(states) == world_size():
-            self.learned = Rollout(**states[rank()]["rollout"])
-            self._old_weights = states[rank()]["old"]
+        state = checkpoint.get(_ROLLOUT, {"ranks": []})
+        if len(state["ranks"]) == world_size():
+            self.learned = Rollout(**state["ranks"][rank()])
+            self._old_weights = state["old"]
 
     def needs_rollout(self, batch: PromptBatch) -> bool:
         """Whether the batch is to be rolled out: not again for the further updates of the rollout at hand."""
@@ -134,10 +135,10 @@ class RLDFModule(PolicyModule):
         start = time.perf_counter()
         rollout = self._with_advantages(batch)
         plan = self.sampler.plan(self._keyed(rollout, batch.update))
-        noisy = masked_batch(rollout, plan, self.policy.mask_token_id, rows=self._carries_gradient(rollout))
+        noisy = masked_batch(rollout, plan, self.policy.mask_token_id, rows=self._moving(rollout))
         noisy.num_slots = max_over_ranks(noisy.num_slots, self.device)
         old = self._old_logprobs(noisy, batch.update)
-        num_kept, num_rows = self._totals(noisy, old)
+        totals = self._totals(noisy, old)
         outputs = []
         self.trained_probs = torch.zeros_like(rollout.completion_ids, dtype=torch.float32)
         parts = self._parts(noisy)
@@ -146,15 +147,7 @@ class RLDFModule(PolicyModule):
             policy = self._score(self.policy, states)
             reference = self._reference_logprobs(states)
             before = None if old is None else TokenLogProbs(logp=old.logp[part])
-            output = rldf_loss(
-                policy,
-                states,
-                self.loss,
-                old=before,
-                reference=reference,
-                num_kept=num_kept,
-                num_rows=num_rows,
-            )
+            output = rldf_loss(policy, states, self.loss, old=before, reference=reference, **totals)
             self._require_finite(output.loss, "the loss", batch, states.row)
             # Distributed strategies average gradients; the loss is already the sum over the whole batch.
             self.manual_backward(output.loss * world_size())
@@ -165,7 +158,7 @@ class RLDFModule(PolicyModule):
         self._log_update(outputs, noisy, grad_norm, time.perf_counter() - start)
 
     def _with_advantages(self, batch: PromptBatch) -> Rollout:
-        """The rows to train on, with advantages: chosen at a rollout's first update, kept for the others."""
+        """The rollout with advantages and the groups to train on, chosen at the first of its updates."""
         if batch.update > 0 and self.learned is not None:
             return self.learned
         rollout = require_rollout(batch)
@@ -175,25 +168,25 @@ class RLDFModule(PolicyModule):
         group_size = len(rewards) // len(batch.problems)
         rollout.advantages = group_advantages(rewards, group_size)
         if self.train_groups is not None:
-            num_groups = len(share_of_rank(self.train_groups, "model.train_groups"))
-            rollout = rollout.select(select_groups(rewards, rollout.num_timesteps, group_size, num_groups))
+            # Of all ranks together: which groups are the best must not depend on who rolled them out.
+            everyone = rows_over_ranks(rewards), rows_over_ranks(rollout.num_timesteps)
+            trained = torch.zeros_like(everyone[0], dtype=torch.bool)
+            trained[select_groups(*everyone, group_size, self.train_groups)] = True
+            rollout.trained = trained.unflatten(0, (world_size(), -1))[rank()]
         self.learned = rollout
         return rollout
 
     def _keyed(self, rollout: Rollout, update: int) -> Rollout:
         """The rollout under seeds of this update, so that each update draws a plan of its own."""
-        keyed = rollout.select(
-            torch.arange(len(rollout.completion_ids), device=rollout.completion_ids.device)
-        )
-        keyed.seeds = None if rollout.seeds is None else fold(rollout.seeds, _PLAN, update)
-        return keyed
+        return replace(rollout, seeds=None if rollout.seeds is None else fold(rollout.seeds, _PLAN, update))
 
-    def _carries_gradient(self, rollout: Rollout) -> Tensor | None:
-        """[N] bool, rows that move the weights: those with an advantage; None: all (KL or entropy is on)."""
-        if self.loss.beta > 0 or self.loss.entropy_coeff:
-            return None
+    def _moving(self, rollout: Rollout) -> Tensor | None:
+        """[N] bool, rows that move the weights: without KL and entropy those with an advantage; None: all."""
         assert rollout.advantages is not None
-        return rollout.advantages != 0
+        if self.loss.beta > 0 or self.loss.entropy_coeff:
+            return rollout.trained
+        moving = rollout.advantages != 0
+        return moving if rollout.trained is None else moving & rollout.trained
 
     def _score(self, model: DiffusionLM, states: MaskedBatch) -> TokenLogProbs:
         with self.trainer.precision_plugin.forward_context():
@@ -227,16 +220,16 @@ class RLDFModule(PolicyModule):
             return self._score_all(noisy)
 
     @torch.no_grad()
-    def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None) -> tuple[Tensor | None, Tensor]:
+    def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None) -> dict[str, Tensor]:
         """Kept tokens per slot and rows with noisy states, over all micro-batches and ranks."""
-        num_rows = sum_over_ranks(torch.tensor(float(noisy.row.unique().numel()), device=self.device))
+        num_rows = sum_over_ranks(torch.tensor(noisy.row.unique().numel(), device=self.device))
         if self.loss.tau == 0 or self.loss.normalisation == "sample":
-            return sum_over_ranks(kept_per_slot(noisy.scored, noisy)), num_rows
+            return {"num_kept": sum_over_ranks(kept_per_slot(noisy.scored, noisy)), "num_rows": num_rows}
         if old is None and len(noisy) <= self.micro_batch_size and world_size() == 1:
-            return None, num_rows  # the one micro-batch is the whole batch: the loss counts for itself
+            return {"num_rows": num_rows}  # the one micro-batch is the whole batch: the loss counts itself
         # Which tokens are kept only probabilities tell, and how many must be known before any backward pass.
         kept = kept_tokens(old or self._score_all(noisy), noisy, self.loss.tau)
-        return sum_over_ranks(kept_per_slot(kept, noisy)), num_rows
+        return {"num_kept": sum_over_ranks(kept_per_slot(kept, noisy)), "num_rows": num_rows}
 
     def _keep_feedback(self, states: MaskedBatch, policy: TokenLogProbs) -> None:
         """Records the training feedback: a token's probability is that of its commit only at its timestep."""
@@ -284,7 +277,7 @@ class RLDFModule(PolicyModule):
     def _log_update(
         self, outputs: list[LossOutput], noisy: MaskedBatch, norm: Tensor, seconds: float
     ) -> None:
-        zero = torch.zeros((), device=self.device)
+        zero = torch.zeros((), dtype=torch.float32, device=self.device)
         names = ["policy"] + ["kl"] * (self.loss.beta > 0) + ["entropy"] * (self.loss.entropy_coeff != 0)
         names += ["ratio", "clip_fraction"] * (self.num_updates > 1)
         sums = [torch.stack([zero, *(o.parts[name] for o in outputs)]).sum() for name in names]

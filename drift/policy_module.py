@@ -49,7 +49,12 @@ class PolicyModule(LightningModule):
         self.policy: DiffusionLM
 
     def setup(self, stage: str) -> None:
-        """Checks that the tokenizer is the policy's, before its weights are loaded."""
+        """Checks precision, and that the tokenizer is the policy's, before its weights are loaded."""
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise ConfigError(
+                f"trainer.precision is {self.trainer.precision!r}: gradients would be clipped while they are "
+                "scaled; use bf16-mixed or 32-true"
+            )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             require_matching_tokenizer(self.policy_config, tokenizer)

@@ -24,6 +24,11 @@ def test_group_advantages(rewards: list[float], group_size: int, expected: list[
     torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, 1e6 / 3])
+def test_equal_rewards_are_exactly_0_where_their_mean_is_rounded(reward: float):
+    assert (group_advantages(torch.full((8,), reward), 8) == 0).all()
+
+
 def test_groups_do_not_see_each_other():
     rewards = torch.rand(12, generator=torch.Generator().manual_seed(0))
     found = group_advantages(rewards, 4)

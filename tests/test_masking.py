@@ -88,6 +88,17 @@ def test_slots_of_weight_zero_and_rows_left_out_are_no_states():
     assert batch.num_slots == 2
 
 
+def test_draws_of_rows_that_are_left_out_do_not_count():
+    """A plan of all timesteps is as long as its longest row; without that row, its draws would dilute."""
+    rollout = random_rollout(0)
+    masked = torch.ones(3, 5, 10, dtype=torch.bool)
+    weight = torch.tensor([[1.0, 1, 1, 1, 1], [0, 1, 0, 1, 0], [0, 0, 0, 1, 0]])
+    plan = TimestepPlan(masked=masked, current=masked, weight=weight)
+    for left_out, num_slots in (((), 3), ((3,), 2), ((1, 3), 1), ((0, 1, 2, 3, 4), 0)):
+        rows = torch.tensor([row not in left_out for row in range(5)])
+        assert masked_batch(rollout, plan, MASK, rows=rows).num_slots == num_slots
+
+
 def test_without_advantages_they_are_zero():
     rollout = random_rollout(0)
     rollout.advantages = None

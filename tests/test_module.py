@@ -81,7 +81,14 @@ def train(
 ):
     """Trains the tiny policy; gives back the module and what was recorded."""
 
-    def run(steps: int = 1, callbacks: tuple[Callback, ...] = (), reward=None, on_score=None, **settings):
+    def run(
+        steps: int = 1,
+        callbacks: tuple[Callback, ...] = (),
+        reward=None,
+        on_score=None,
+        precision="32-true",
+        **settings,
+    ):
         if reward is not None:
             spread_task.reward = reward
         settings = {
@@ -91,7 +98,7 @@ def train(
         module = RLDFModule(str(tiny_folder), **settings)
         recorder = Recorder(monkeypatch, on_score)
         rollout = RolloutCallback(group_size=4, completion_length=16, decode=DECODE, evaluation=DECODE)
-        trainer = make_trainer(steps, callbacks=[rollout, *callbacks, recorder])
+        trainer = make_trainer(steps, callbacks=[rollout, *callbacks, recorder], precision=precision)
         trainer.fit(module, datamodule=PromptDataModule(spread_task, prompts_per_step=3))
         return module, recorder
 
@@ -273,11 +280,39 @@ def test_train_groups_picks_the_groups_whose_rewards_differ(train, spread_task):
     reward = FlatFor(set(prompts_of_first_step(spread_task)[:2]))
     module, recorder = train(reward=reward, train_groups=1, loss=LossConfig(beta=0.1))
     rollout = recorder.batches[0].rollout
-    assert torch.equal(module.learned.completion_ids, rollout.completion_ids[8:])
+    assert module.learned.trained.tolist() == [False] * 8 + [True] * 4
     # One group of 4 rows, two timesteps each; the policy and the reference.
     assert recorder.num_states == [8, 8]
+    assert recorder.rows == [{8, 9, 10, 11}] * 2
     expected = plain_advantages(rollout.rewards[8:].sum(dim=1))
-    torch.testing.assert_close(module.learned.advantages, expected)
+    torch.testing.assert_close(module.learned.advantages[8:], expected)
+
+
+def test_train_groups_without_kl_leaves_out_what_has_no_advantage(train, spread_task):
+    reward = FlatFor({prompts_of_first_step(spread_task)[0]})
+    module, recorder = train(reward=reward, train_groups=3)
+    assert module.learned.trained.all()
+    assert recorder.rows == [set(range(4, 12))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_in_bf16_true_keeps_what_is_counted_in_float32(train, dtype: str):
+    module, recorder = train(
+        dtype=dtype, precision="bf16-true", loss=LossConfig(beta=0.1), micro_batch_size=7
+    )
+    assert module.policy.dtype == torch.bfloat16
+    rollout = recorder.batches[0].rollout
+    assert rollout.token_probs.dtype == module.learned.advantages.dtype == torch.float32
+    assert module.trained_probs.dtype == module.trainer.callback_metrics["loss/total"].dtype == torch.float32
+    assert any(value.abs().max() > 0 for value in recorder.gradients[0].values())
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
+def test_half_precision_is_refused(train, precision: str, monkeypatch):
+    # On a CPU Lightning turns 16-mixed into bf16-mixed.
+    monkeypatch.setattr(Trainer, "precision", precision)
+    with pytest.raises(ConfigError, match=rf"trainer.precision is '{precision}'.*use bf16-mixed or 32-true"):
+        train()
 
 
 @pytest.fixture

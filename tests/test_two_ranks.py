@@ -31,9 +31,10 @@ module = RLDFModule(
     sampler=sampler,
     loss=LossConfig(beta=settings["beta"], normalisation=settings["normalisation"]),
     optimizer=OptimizerConfig(lr=1e-4),
+    train_groups=settings["train_groups"],
     micro_batch_size=settings["micro_batch_size"],
 )
-data = PromptDataModule(SudokuTask(), prompts_per_step=4, num_validation=5)
+data = PromptDataModule(SudokuTask(), prompts_per_step=4, num_validation=settings["num_validation"])
 decode = DenoiseConfig(block_length=16, temperature=1.0)
 greedy = DenoiseConfig(block_length=16)
 trainer = Trainer(
@@ -72,10 +73,20 @@ def trained(path: Path, **settings: object) -> dict[str, dict]:
         # Few of the groups of an untrained policy have spread, so a rank may be without any noisy state.
         {"beta": 0.0, "normalisation": "token", "full": True, "micro_batch_size": 6},
         {"beta": 0.04, "normalisation": "sample", "full": False, "micro_batch_size": 64},
+        # The best group is on one rank only, and so is the one validation puzzle.
+        {
+            "beta": 0.04,
+            "normalisation": "token",
+            "full": False,
+            "micro_batch_size": 5,
+            "train_groups": 1,
+            "num_validation": 1,
+        },
     ],
-    ids=["token, full, small micro-batches", "sample, weighted, with KL"],
+    ids=["token, full, small micro-batches", "sample, weighted, with KL", "one group, one puzzle"],
 )
 def test_two_processes_do_what_one_does(tmp_path, settings):
+    settings = {"train_groups": None, "num_validation": 5} | settings
     one = trained(tmp_path / "one.pt", devices=1, **settings)
     two = trained(tmp_path / "two.pt", devices=2, **settings)
     assert one["metrics"].keys() == two["metrics"].keys()

@@ -141,6 +141,9 @@ class PromptStream(IterableDataset[PromptBatch]):
 class EvaluationPrompts(IterableDataset[PromptBatch]):
     """All rows once, in batches: this rank's share of them.
 
+    It has no length: Lightning leaves the end of validation out on a rank whose share is empty, and the others
+    would wait there for its sums.
+
     Args:
         rows: the rows.
         collate: rows, their places and the update number to a batch.

@@ -34,5 +34,7 @@ def weights_of(policy: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
 def _overwrite(policy: nn.Module, weights: Sequence[Tensor]) -> None:
     # In place: sharded parameters must keep their storage.
     parameters = [p for p in policy.parameters() if p.requires_grad]
+    # Autocast keeps the low-precision copies that it made of the weights so far.
+    torch.clear_autocast_cache()
     for parameter, value in zip(parameters, weights, strict=True):
         parameter.copy_(value)

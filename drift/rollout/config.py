@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -22,9 +21,11 @@ class DenoiseConfig:
             row has none, its best one. In (0, 1]; for `neg_entropy` in nats, <= 0. None: static schedule.
         steps: static schedule: denoising steps of a completion, spread evenly over its blocks, and the
             positions of a block evenly over its steps, remainders first. Not used with a threshold.
-        temperature: 0 takes the most likely token, otherwise one is drawn from softmax(logits / temperature).
+        temperature: 0 takes the most likely token, otherwise (1e-3 to 1e3) one is drawn from
+            softmax(logits / temperature).
         top_p: sample from the smallest set of tokens that holds this much probability, in (0, 1]; None: all.
-        top_k: sample from this many most likely tokens; None: all.
+        top_k: sample from this many most likely tokens; None: all. With top_p too, which then measures
+            probability among these.
         score: what decides which positions are committed: `confidence` (probability of the candidate token),
             `margin` (best minus second best probability), `neg_entropy` (sum of p log p, nats) or `random`.
             Probabilities are those of the untempered, unfiltered softmax over the legal tokens.
@@ -61,9 +62,9 @@ class DenoiseConfig:
         )
         require(
             self,
-            math.isfinite(self.temperature) and self.temperature >= 0,
+            self.temperature == 0 or 1e-3 <= self.temperature <= 1e3,
             "temperature",
-            "set it to 0 (most likely token) or a positive number",
+            "set it to 0 (most likely token) or a number from 1e-3 to 1e3",
         )
         require(
             self,

@@ -178,7 +178,7 @@ class _Canvas:
             seeds=seeds,
             undecoded=torch.ones_like(masks, dtype=torch.bool),
             step_map=torch.zeros_like(masks),
-            token_probs=torch.zeros(shape, device=device),
+            token_probs=torch.zeros(shape, dtype=torch.float32, device=device),
             timestep=torch.zeros(shape[0], dtype=torch.int64, device=device),
             ended=torch.zeros(shape[0], dtype=torch.bool, device=device),
             pad_token_id=policy.pad_token_id,

@@ -32,7 +32,7 @@ class RandomMaskSampler(TimestepSampler):
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """k noisy states a row; see `TimestepSampler.plan`."""
         num_valid = rollout.completion_mask.sum(dim=1)
-        num_masked = (num_valid * self.ratio).long().clamp(min=1).minimum(num_valid)
+        num_masked = (num_valid.double() * self.ratio).long().clamp(min=1).minimum(num_valid)
         length = rollout.completion_mask.shape[1]
         noise = draws(rollout, self.k * length, generator).unflatten(1, (self.k, length)).transpose(0, 1)
         return _plan(torch.stack([_rank(n, rollout.completion_mask) < num_masked[:, None] for n in noise]))

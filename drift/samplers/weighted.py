@@ -52,7 +52,8 @@ class WeightedSampler(TimestepSampler):
                 "probabilities that the rollout recorded; use UniformSampler for rollouts without them"
             )
         surprise = -rollout.token_probs.clamp(min=_MIN_PROB).log() * valid
-        total = torch.zeros(valid.shape[0], int(rollout.step_map.max()) + 1, device=surprise.device)
+        shape = (valid.shape[0], int(rollout.step_map.max()) + 1)
+        total = torch.zeros(shape, dtype=torch.float32, device=surprise.device)
         count = total.scatter_add(1, rollout.step_map, valid.float())
         mean = total.scatter_add(1, rollout.step_map, surprise) / count.clamp(min=1)
         return mean.masked_fill(count == 0, -torch.inf)
@@ -108,7 +109,7 @@ class UniformSampler(WeightedSampler):
     def weights(self, rollout: Rollout) -> Tensor:
         """[N,S] float32: 0 at the timesteps that committed a valid token, -inf elsewhere."""
         real = candidates(rollout)
-        return torch.zeros(real.shape, device=real.device).masked_fill(~real, -torch.inf)
+        return torch.zeros_like(real, dtype=torch.float32).masked_fill(~real, -torch.inf)
 
 
 def gumbel(uniforms: Tensor) -> Tensor:
