@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ from drift.callbacks import (
 )
 from drift.contract import ConfigError, SampleError
 from drift.data import PromptDataModule
+from drift.messages import explain, nearest
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 from drift.sft import SFTModule
@@ -55,12 +56,6 @@ _SHORT_NAMES = {
 }
 
 
-# How jsonargparse and argparse name a key that they don't know.
-_UNKNOWN_KEY = re.compile(
-    r"(?:(?:does not accept option|Option|Key|key|group) ['\"]|nrecognized arguments: --)([\w.]+)"
-)
-
-
 # What Lightning says of things that are as they should be here.
 _HARMLESS = (
     r".*does not have many workers",
@@ -81,10 +76,9 @@ class DriftParser(LightningArgumentParser):
         """Exits with the message; raises where jsonargparse itself reads the error."""
         if not self.exit_on_error:
             super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        unknown = _UNKNOWN_KEY.search(message)
-        hint = _nearest(unknown.group(1), _keys(parser)) if unknown else ""
-        sys.exit(f"drift: error: {message.strip()}{hint}")
+        parser: Any = getattr(ex, "subcommand_parser", None) or self
+        keys = [action.dest for action in parser._actions if action.dest != "help"]
+        sys.exit(f"drift: error: {explain(message, keys)}")
 
 
 class DriftCLI(LightningCLI):
@@ -133,7 +127,7 @@ def run(arguments: Sequence[str]) -> None:
             PromptDataModule,
             args=[method, *_expanded(rest)],
             parser_class=DriftParser,
-            parser_kwargs={"prog": "drift", method: _parser_settings(command)},
+            parser_kwargs={"prog": "drift", "allow_abbrev": False, method: _parser_settings(command)},
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_kwargs={"overwrite": True},
@@ -206,10 +200,14 @@ def _full_value(key: str, value: str) -> str:
     module, suffix = _SHORT_NAMES.get(key.rpartition(".")[2], (None, ""))
     if module is None or not value.isidentifier() or value == "null":
         return value  # a path or a file of the user's own
-    names = [name.removesuffix(suffix) for name in module.__all__ if name.endswith(suffix) and name != suffix]
+    names = [
+        name.removesuffix(suffix)
+        for name in module.__all__
+        if name.endswith(suffix) and not inspect.isabstract(getattr(module, name))
+    ]
     if value.removesuffix(suffix) not in names:
         raise ConfigError(
-            f"{key} is {value!r}: there is no such class{_nearest(value, names)}; give one of "
+            f"{key} is {value!r}: there is no such class{nearest(value, names)}; give one of "
             f"{', '.join(names)}, or the path of your own class"
         )
     return value.removesuffix(suffix) + suffix
@@ -223,15 +221,6 @@ def _config_file(value: str) -> str:
     if name not in shipped:
         raise ConfigError(
             f"--config is {value!r}: there is no such file and no shipped config of that name"
-            f"{_nearest(name, list(shipped))}; shipped: {', '.join(shipped)}"
+            f"{nearest(name, list(shipped))}; shipped: {', '.join(shipped)}"
         )
     return str(shipped[name])
-
-
-def _nearest(key: str, keys: list[str]) -> str:
-    near = get_close_matches(key, keys, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _keys(parser: Any) -> list[str]:
-    return [action.dest for action in parser._actions if action.dest != "help"]

@@ -232,6 +232,11 @@ def test_tasks_are_chosen_by_name(settings):
         ("--data.prompts_per_stp=4", "data.prompts_per_step"),
         ("--trainer.max_stpes=4", "trainer.max_steps"),
         ("--checkpoint.evry=4", "checkpoint.every"),
+        ("--model.sampler.kk=3", "model.sampler.k"),
+        ("--data.train.pth=x.json", "data.train.path"),
+        ("--data.task.blnks=[6,9]", "data.task.blanks"),
+        # Not taken for the key that it begins.
+        ("--trainer.max_step=4", "trainer.max_steps"),
     ],
 )
 def test_an_unknown_key_suggests_the_nearest(error, argument: str, nearest: str):

@@ -141,7 +141,7 @@ class PromptStream(IterableDataset[PromptBatch]):
 class EvaluationPrompts(IterableDataset[PromptBatch]):
     """All rows once, in batches: this rank's share of them.
 
-    It has no length: Lightning leaves the end of validation out on a rank whose share is empty, and the others
+    It has no length: Lightning skips the end of validation on a rank whose share is empty, and the others
     would wait there for its sums.
 
     Args:

@@ -1,0 +1,101 @@
+"""What the command line says of a setting it cannot read: one line with key, value and a hint."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+
+_PLACE = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"given class_path '([^']+)'")
+_OPTION = re.compile(r"Option '([^']+)' is not accepted")
+# How jsonargparse and argparse name a key that they don't know.
+_UNKNOWN = re.compile(
+    r"(?:(?:does not accept option|Option|Key|key|group) ['\"]|nrecognized arguments: --)([\w.]+)"
+)
+_EXPECTED = re.compile(r"Expected a (.+?)(?:\. Got value: .*)?")
+_SUBTYPE = re.compile(r"<class '[^']+'>|typing\.Literal\[[^]]*\]")
+_VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
+_NESTED = re.compile(r"NestedArg\(key='.*', val='(.*)'\)")
+# Lines that say how the parser went about it, not what is wrong.
+_NOISE = (
+    "Parser key",
+    "Problem with given class_path",
+    "Expected a path but",
+    "Expected a dot import path",
+    "Does not validate against any",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+)
+
+
+def nearest(key: str, keys: Sequence[str]) -> str:
+    """The words that suggest the nearest of some keys, or nothing where none is near."""
+    near = get_close_matches(key, keys, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def explain(message: str, keys: Sequence[str]) -> str:
+    """The parser's message in one line.
+
+    Args:
+        message: what jsonargparse says.
+        keys: the keys that the command knows.
+    """
+    places = _PLACE.findall(message)
+    option, classes = _OPTION.search(message), _CLASS.findall(message)
+    if places and option and classes:
+        return _unknown_argument(".".join(places), option[1], classes[-1])
+    unknown = None if places else _UNKNOWN.search(message)
+    if unknown:
+        return f"{' '.join(message.split())}{nearest(unknown[1], keys)}"
+    if not places:
+        return " ".join(message.split())
+    # The innermost setting is named last; what stands behind its value is about those around it.
+    inner = _PLACE.split(message)[-1]
+    value = _VALUE.search(inner)
+    shown = ""
+    if value is not None:
+        nested = _NESTED.fullmatch(value[1])
+        shown = f" is {nested[1] if nested else value[1]}"
+        inner = inner[: value.end()]
+    return f"{'.'.join(places)}{shown}: {_reason(inner)}"
+
+
+def _unknown_argument(place: str, name: str, class_path: str) -> str:
+    names = _arguments(class_path)
+    hint = nearest(f"{place}.{name}", [f"{place}.{known}" for known in names])
+    known = f" (it has {', '.join(names)})" if names else ""
+    return f"{place}.{name}: {class_path.rpartition('.')[2]} has no such setting{known}{hint}"
+
+
+def _arguments(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    return [
+        key for key in inspect.signature(getattr(import_module(module), name)).parameters if key != "self"
+    ]
+
+
+def _reason(message: str) -> str:
+    lines = [line.strip().removeprefix("- ") for line in message.removeprefix(":").splitlines()]
+    reasons = [
+        line for line in lines if line and not line.startswith(_NOISE) and not _EXPECTED.fullmatch(line)
+    ]
+    if reasons:
+        return "; ".join(reasons)
+    subtypes = [kind for line in lines if line.startswith("Subtypes:") for kind in _SUBTYPE.findall(line)]
+    kinds = subtypes or [expected[1] for line in lines if (expected := _EXPECTED.fullmatch(line))]
+    return f"it must be {' or '.join(_type_name(kind) for kind in kinds)}" if kinds else "it cannot be read"
+
+
+def _type_name(kind: str) -> str:
+    if kind == "<class 'NoneType'>":
+        return "null"
+    literal = re.fullmatch(r"typing\.Literal\[(.*)\]", kind)
+    if literal:
+        return f"one of {literal[1]}"
+    plain = re.fullmatch(r"<class '(?:.*\.)?(\w+)'>", kind)
+    return plain[1] if plain else kind
