@@ -40,4 +40,5 @@ class RescueCallback(Callback):
             (self.folder / "rescue.json").write_text(text, encoding="utf-8")
             rank_zero_info(f"the sample that stopped training: {self.folder / 'rescue.json'}")
         trainer.save_checkpoint(self.folder / "rescue.ckpt")
-        rank_zero_info(f"the last good weights: {self.folder / 'rescue.ckpt'} (go on with --ckpt_path)")
+        kept = self.folder / "rescue.ckpt"
+        rank_zero_info(f"the weights of the last finished step: {kept} (go on with --ckpt_path)")

@@ -68,10 +68,21 @@ class RolloutCallback(Callback):
             raise ConfigError(
                 f"RolloutCallback works with an RLDFModule or SFTModule, not {type(pl_module).__name__}"
             )
+        self._require_room(pl_module)
         pl_module.experience = partial(self.experience, trainer)
+
+    def _require_room(self, module: PolicyModule, prompt_length: int = 1) -> None:
+        limit = module.policy_config.get("max_sequence_length")
+        longest = max(self.completion_length, self.evaluation_length)
+        if limit is not None and prompt_length + longest > limit:
+            raise ConfigError(
+                f"rollout.completion_length is {longest}: with a prompt of {prompt_length} tokens that is "
+                f"more than the policy's max_sequence_length of {limit}; lower it, or data.max_prompt_length"
+            )
 
     def experience(self, trainer: Trainer, module: PolicyModule, batch: PromptBatch) -> PromptBatch:
         """The batch with its rollout, rewards included."""
+        self._require_room(module, batch.prompt_ids.shape[1])
         training = bool(trainer.training)
         group_size = self.group_size if training else 1
         start = time.perf_counter()

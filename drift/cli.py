@@ -12,6 +12,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import drift.rewards
@@ -29,6 +31,7 @@ from drift.callbacks import (
     SampleTableCallback,
     SummaryCallback,
 )
+from drift.checkpoints import CheckedCheckpointIO, require_checkpoint_file
 from drift.contract import ConfigError, SampleError
 from drift.data import PromptDataModule
 from drift.messages import explain, nearest
@@ -95,8 +98,11 @@ class DriftCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the objects; what they refuse is reported under the whole name of the setting."""
+        require_checkpoint_file(self.config[self.config.subcommand].get("ckpt_path"))
         try:
             super().instantiate_classes()
+            self.trainer.strategy.checkpoint_io = CheckedCheckpointIO(self.trainer.strategy.checkpoint_io)
+            _require_writable([logger.save_dir for logger in self.trainer.loggers])
         except ValueError as error:
             found = _config_error(error)
             if found is None:
@@ -134,11 +140,24 @@ def run(arguments: Sequence[str]) -> None:
         )
     except SampleError as error:
         sys.exit(f"drift: stopped: {error}")
+    except MisconfigurationException as error:
+        sys.exit(f"drift: error: {' '.join(str(error).split())}")
     except ValueError as error:
         found = _config_error(error)
         if found is None:
             raise
         sys.exit(f"drift: error: {found}")
+
+
+def _require_writable(folders: Sequence[str | None]) -> None:
+    for folder in filter(None, folders):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"trainer.logger.save_dir is {folder!r}: it cannot be made ({error.strerror}); name a folder "
+                "that can be written to"
+            ) from error
 
 
 def _places(message: str, config: Any) -> str:
@@ -213,8 +232,20 @@ def _full_value(key: str, value: str) -> str:
     return value.removesuffix(suffix) + suffix
 
 
+def _require_settings(file: Path) -> None:
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"--config is {str(file)!r}: it is no YAML: {reason}; correct it") from error
+    if not isinstance(found, dict):
+        kind = "nothing" if found is None else type(found).__name__
+        raise ConfigError(f"--config is {str(file)!r}: it holds {kind}; it must hold settings, KEY: VALUE")
+
+
 def _config_file(value: str) -> str:
     if Path(value).is_file():
+        _require_settings(Path(value))
         return value
     shipped = shipped_configs()
     name = value.removesuffix(".yaml")

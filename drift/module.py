@@ -31,7 +31,7 @@ from drift.distributed import (
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
-from drift.models import DiffusionLM, load_policy, trainable_weights, weights_of
+from drift.models import DiffusionLM, load_policy, require_reference, trainable_weights, weights_of
 from drift.optimizer import OptimizerConfig, clip_gradients
 from drift.policy_module import DType, PolicyModule, require_rollout
 from drift.randomness import fold
@@ -83,6 +83,8 @@ class RLDFModule(PolicyModule):
         ):
             if value < 1:
                 raise ConfigError(f"model.{key} is {value}: set it to 1 or more")
+        if reference is not None and loss.beta > 0:
+            require_reference(reference, self.policy_config)
         self.reference_path = reference
         self.sampler = sampler or WeightedSampler()
         self.loss = loss
@@ -121,6 +123,7 @@ class RLDFModule(PolicyModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up the rollout at hand; on another number of ranks the next update makes a new one."""
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint.get(_ROLLOUT, {"ranks": []})
         if len(state["ranks"]) == world_size():
             self.learned = Rollout(**state["ranks"][rank()])
@@ -154,7 +157,7 @@ class RLDFModule(PolicyModule):
             self._keep_feedback(states, policy)
             self.report("update", number, len(parts))
             outputs.append(output)
-        grad_norm = self._step(batch)
+        grad_norm = self._step(batch, noisy.row)
         self._log_update(outputs, noisy, grad_norm, time.perf_counter() - start)
 
     def _with_advantages(self, batch: PromptBatch) -> Rollout:
@@ -244,11 +247,11 @@ class RLDFModule(PolicyModule):
         scored = self.trained_probs > 0
         self.learned.token_probs = torch.where(scored, self.trained_probs, self.learned.token_probs)
 
-    def _step(self, batch: PromptBatch) -> Tensor:
+    def _step(self, batch: PromptBatch, rows: Tensor) -> Tensor:
         """Clips, steps and schedules; gives back the gradient's norm."""
         optimizer: Any = self.optimizers()
         norm = clip_gradients(self.policy.parameters(), self.optimizer_config.gradient_clip)
-        self._require_finite(norm, "the norm of the gradient", batch, torch.arange(0, device=norm.device))
+        self._require_finite(norm, "the norm of the gradient", batch, rows)
         optimizer.step()
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
@@ -264,7 +267,7 @@ class RLDFModule(PolicyModule):
         rows = rows.unique()
         raise SampleError(
             f"{what} is {value.item()} at step {self.global_step}: the weights are as before this step; "
-            "lower model.optimizer.lr, or look at the sample",
+            "look at the samples, or go back to an earlier checkpoint with a lower model.optimizer.lr",
             {
                 "step": self.global_step,
                 "positions": batch.positions.tolist(),

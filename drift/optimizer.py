@@ -43,7 +43,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         require(self, math.isfinite(self.lr) and self.lr > 0, "lr", "set it to a positive number")
         require(self, all(0 <= beta < 1 for beta in self.betas), "betas", "set both in [0, 1)")
-        require(self, self.weight_decay >= 0, "weight_decay", "set it to 0 or more")
+        require(self, 0 <= self.weight_decay < math.inf, "weight_decay", "set it to 0 or more")
         require(
             self,
             self.gradient_clip > 0,

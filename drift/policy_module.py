@@ -8,8 +8,10 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
+from drift.checkpoints import require_resumable, require_weights_of
 from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.metrics import RolloutMetrics
 from drift.models import DiffusionLM, load_policy, read_config, require_matching_tokenizer, resolve_folder
@@ -81,6 +83,12 @@ class PolicyModule(LightningModule):
     def needs_rollout(self, batch: PromptBatch) -> bool:
         """Whether the batch is to be rolled out."""
         return not self.trainer.training
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights that are not the policy's, and a run that has nothing left to do."""
+        require_weights_of(self, checkpoint)
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            require_resumable(checkpoint, self.trainer.max_steps)
 
     @contextmanager
     def generating(self) -> Iterator[None]:

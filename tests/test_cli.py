@@ -283,6 +283,8 @@ def test_a_value_of_the_wrong_type_names_the_key(error):
         (["--model.num_updates=0"], ["model.num_updates is 0", "set it to 1 or more"]),
         (["--data.max_prompt_length=8"], ["16 tokens", "data.max_prompt_length is 8", "raise it"]),
         (["--data.task.blanks=[0,3]"], ["blanks=(0, 3)", "within 1 to 12"]),
+        (["--model.train_groups=3"], ["model.train_groups is 3", "data.prompts_per_step rolls out only 2"]),
+        (["--rollout.completion_length=128"], ["completion_length is 128", "max_sequence_length of 128"]),
         (["--trainer.max_steps=-1"], ["trainer.max_steps is -1", "never ends; set the"]),
     ],
 )
@@ -365,6 +367,50 @@ def test_bad_data(
     assert message.startswith("drift: error: data.train")
     assert str(file) in message or file.name in message
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("a: [", "it is no YAML"), ("", "it holds nothing; it must hold settings"), ("- 1", "it holds list")],
+)
+def test_bad_config_files_are_named(error, tmp_path: Path, content: str, words: str):
+    (tmp_path / "mine.yaml").write_text(content)
+    message = error("fit", "--config=quickstart", f"--config={tmp_path / 'mine.yaml'}")
+    assert message.startswith(f"drift: error: --config is {str(tmp_path / 'mine.yaml')!r}: {words}")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_bad_checkpoints_are_named(tiny: list[str], error, tmp_path: Path, command: str):
+    message = error(command, *tiny, "--ckpt_path=nowhere.ckpt")
+    assert message.startswith("drift: error: ckpt_path is 'nowhere.ckpt': there is no such file; give the")
+    (tmp_path / "text.ckpt").write_text("hello")
+    path = str(tmp_path / "text.ckpt")
+    message = error(command, *tiny, f"--ckpt_path={path}")
+    assert message.startswith(f"drift: error: ckpt_path is {path!r}: it cannot be read")
+
+
+def test_a_checkpoint_of_another_policy_or_at_its_end_is_refused(tiny: list[str], error, tmp_path: Path):
+    run(["fit", *tiny, f"--checkpoint.dirpath={tmp_path}"])
+    last = tmp_path / "last.ckpt"
+    step = load(last)["global_step"]
+    message = error("fit", *tiny, f"--ckpt_path={last}", f"--trainer.max_steps={step}")
+    assert f"trainer.max_steps is {step}: the checkpoint is already at step {step}" in message
+    message = error("test", *tiny, f"--ckpt_path={last}", "--model.policy=sudoku_base")
+    assert "ckpt_path: its weights do not fit model.policy" in message
+
+
+def test_an_output_folder_that_cannot_be_made_is_named(tiny: list[str], error, tmp_path: Path):
+    (tmp_path / "file").touch()
+    arguments = [argument for argument in tiny if not argument.startswith("--trainer.logger")]
+    message = error("fit", *arguments, f"--trainer.logger.init_args.save_dir={tmp_path / 'file' / 'runs'}")
+    assert "trainer.logger.save_dir is" in message
+    assert "it cannot be made (Not a directory)" in message
+
+
+def test_what_lightning_refuses_is_one_line(tiny: list[str], error):
+    message = error("fit", *tiny, "--trainer.max_steps=-5")
+    assert message.startswith("drift: error: `max_steps` must be a non-negative integer or -1")
 
 
 def test_nothing_is_left_behind_by_a_command_that_never_trained(tiny: list[str], error, tmp_path: Path):

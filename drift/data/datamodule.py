@@ -122,6 +122,12 @@ class PromptDataModule(LightningDataModule):
         module = None if self.trainer is None else self.trainer.lightning_module
         mask_token_id = getattr(module, "policy_config", {}).get("mask_token_id")
         self.template = PromptTemplate(tokenizer, self.system_prompt, self.max_prompt_length, mask_token_id)
+        train_groups = getattr(module, "train_groups", None)
+        if stage == "fit" and train_groups is not None and train_groups > self.prompts_per_step:
+            raise ConfigError(
+                f"model.train_groups is {train_groups}: data.prompts_per_step rolls out only "
+                f"{self.prompts_per_step} groups; lower the one or raise the other"
+            )
         if stage == "fit":
             if self.trainer is not None and self.trainer.max_steps < 0:
                 raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")

@@ -193,8 +193,10 @@ def collate_prompts(
         demonstration_length: also tokenise the demonstrations, to this length.
         where: the dataset in words, for error messages.
     """
-    problems = [task.problem(row) for row in rows]
     names = [f"{where} {position}" for position in positions]
+    for row, name in zip(rows, names, strict=True):
+        task.check(row, name)
+    problems = [task.problem(row) for row in rows]
     prompts = [template.encode(problem, name) for problem, name in zip(problems, names, strict=True)]
     width = max(len(ids) for ids in prompts)
     pad = template.tokenizer.pad_token_id

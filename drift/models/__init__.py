@@ -7,6 +7,7 @@ from drift.models.loading import (
     load_tokenizer,
     read_config,
     require_matching_tokenizer,
+    require_reference,
     resolve_folder,
 )
 from drift.models.snapshot import trainable_weights, weights_of
@@ -20,6 +21,7 @@ __all__ = [
     "load_tokenizer",
     "read_config",
     "require_matching_tokenizer",
+    "require_reference",
     "resolve_folder",
     "trainable_weights",
     "weights_of",

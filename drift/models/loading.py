@@ -206,3 +206,15 @@ def require_matching_tokenizer(policy_config: dict[str, Any], tokenizer: PreTrai
             f"data.tokenizer is {name!r}: it has {len(tokenizer)} tokens, the policy only {rows}; "
             "use the tokenizer that the policy was trained with"
         )
+
+
+def require_reference(path: str | Path, policy_config: dict[str, Any]) -> None:
+    """Raises ConfigError where there is no such reference, or it speaks of other tokens than the policy."""
+    reference_config = read_config(resolve_folder(path, "model.reference"), "model.reference")
+    for key in ("vocab_size", "mask_token_id", "pad_token_id"):
+        ours, theirs = policy_config.get(key), reference_config.get(key)
+        if ours != theirs:
+            raise ConfigError(
+                f"model.reference is {str(path)!r}: its config.json has {key}: {theirs!r}, the policy's "
+                f"has {ours!r}; use a reference with the policy's tokenizer"
+            )

@@ -9,7 +9,15 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from drift.contract import ConfigError
-from drift.models import LLaDA, load_policy, load_tokenizer, require_matching_tokenizer, resolve_folder
+from drift.models import (
+    LLaDA,
+    load_policy,
+    load_tokenizer,
+    read_config,
+    require_matching_tokenizer,
+    require_reference,
+    resolve_folder,
+)
 from drift.models.characters import character_tokenizer
 
 
@@ -221,3 +229,13 @@ def test_a_tokenizer_without_a_mask_token_is_judged_by_its_ids(folder: Path):
     good = {"mask_token_id": 127, "pad_token_id": 126, "vocab_size": 128}
     require_matching_tokenizer(good, tokenizer)
     refused(lambda: require_matching_tokenizer(good | {"mask_token_id": 128}, tokenizer), "mask_token_id 128")
+
+
+def test_a_reference_of_other_tokens_is_refused(folder: Path, tmp_path: Path):
+    config = read_config(folder)
+    require_reference(folder, config)
+    refused(
+        lambda: require_reference(folder, config | {"vocab_size": 512}),
+        *("model.reference is", folder, "vocab_size: 128, the policy's has 512; use a reference"),
+    )
+    refused(lambda: require_reference("nowhere", config), "model.reference is 'nowhere': there is no such")

@@ -1,0 +1,80 @@
+"""Reading checkpoints: what cannot be one is refused in one line, with the path."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from torch import nn
+
+from drift.contract import ConfigError
+
+_FIX = "give the path of a .ckpt file that drift wrote, such as checkpoints/last.ckpt"
+# What torch and pickle raise on files that are cut short, damaged or no checkpoints at all.
+_UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError)
+
+
+class CheckedCheckpointIO(_WrappingCheckpointIO):
+    """Reads checkpoints through another plugin; what is none raises ConfigError."""
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The checkpoint, which holds weights at least."""
+        assert self.checkpoint_io is not None
+        try:
+            checkpoint = self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+        except _UNREADABLE as error:
+            # Its name alone: torch's own text goes on with the advice to switch off its protection.
+            raise ConfigError(
+                f"ckpt_path is {str(path)!r}: it cannot be read ({type(error).__name__}); it is damaged, cut "
+                f"short or no checkpoint; {_FIX}"
+            ) from error
+        missing = {"state_dict", "global_step", "pytorch-lightning_version"} - set(
+            checkpoint if isinstance(checkpoint, Mapping) else ()
+        )
+        if missing:
+            raise ConfigError(f"ckpt_path is {str(path)!r}: it has no {sorted(missing)}; {_FIX}")
+        return checkpoint
+
+
+def require_checkpoint_file(path: str | None) -> None:
+    """Raises ConfigError where a checkpoint is asked for and there is no such file."""
+    if path is None or Path(path).is_file():
+        return
+    what = "it is a folder" if Path(path).is_dir() else "there is no such file"
+    hint = "; weights alone are given as model.policy" if Path(path).is_dir() else ""
+    raise ConfigError(f"ckpt_path is {path!r}: {what}; {_FIX}{hint}")
+
+
+def require_weights_of(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless a checkpoint's weights are a module's, all of them finite numbers."""
+    found, needed = checkpoint["state_dict"], module.state_dict()
+    faults = {
+        "missing": [name for name in needed if name not in found],
+        "not part of the model": [name for name in found if name not in needed],
+        "of another shape": [n for n, v in found.items() if n in needed and v.shape != needed[n].shape],
+        "not finite": [n for n, v in found.items() if not bool(torch.isfinite(v).all())],
+    }
+    named = [f"{len(names)} tensors {what}, such as {names[0]}" for what, names in faults.items() if names]
+    if named:
+        raise ConfigError(
+            f"ckpt_path: its weights do not fit model.policy: {'; '.join(named)}; give the checkpoint of a "
+            "run with the same model.policy, or an earlier one"
+        )
+
+
+def require_resumable(checkpoint: Mapping[str, Any], max_steps: int) -> None:
+    """Raises ConfigError where training cannot go on from a checkpoint, or has nothing left to do."""
+    if not checkpoint.get("optimizer_states"):
+        raise ConfigError(
+            "ckpt_path: it holds weights but no optimizer, so that training cannot go on from it; give "
+            "checkpoints/last.ckpt or best.ckpt"
+        )
+    if checkpoint["global_step"] >= max_steps:
+        raise ConfigError(
+            f"trainer.max_steps is {max_steps}: the checkpoint is already at step {checkpoint['global_step']}"
+            "; set it to the step at which training is to end"
+        )
