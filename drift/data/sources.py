@@ -114,7 +114,17 @@ def _local_file(source: Source, key: str) -> Path | None:
         raise ConfigError(f"{given} has no known file type: convert it to one of {kinds}")
     if source.name is not None:
         raise ConfigError(f"{key}.name={source.name!r} is for hub datasets, {given} is a file: remove it")
+    if _BUILDERS[path.suffix] == "json" and _first_character(path) not in ("[", "{", ""):
+        # Not left to the parser: a file that holds a bare null ends the whole process.
+        raise ConfigError(
+            f"{given} holds no objects: a JSON file holds a list of them, a JSONL file one a line"
+        )
     return path
+
+
+def _first_character(path: Path) -> str:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return next((line.lstrip()[0] for line in file if line.strip()), "")
 
 
 def _can_only_be_a_file(path: Path) -> bool:

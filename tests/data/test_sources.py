@@ -181,3 +181,13 @@ def test_hub_datasets_get_every_setting(monkeypatch: pytest.MonkeyPatch):
     rows = load("owner/name", name="main", split="test", limit=2)
     assert list(rows) == ROWS[:2]
     assert seen == [(("owner/name", "main"), {"split": "test", "streaming": False})]
+
+
+@pytest.mark.parametrize("content", ["null", "3", '"text"', "\n  true"])
+def test_json_that_holds_no_objects_is_refused_before_it_is_parsed(tmp_path: Path, content: str):
+    """A bare null ended the whole process, without a word."""
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(
+        ConfigError, match=r"data\.train\.path='.*a\.json' holds no objects: a JSON file holds a"
+    ):
+        load(str(tmp_path / "a.json"))
