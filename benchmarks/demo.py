@@ -67,7 +67,8 @@ def report(base: dict[str, Any], trained: dict[str, Any], folder: Path, seconds:
     print(f"\ncurves and samples   .venv/bin/tensorboard --logdir {folder}")
     fit = ".venv/bin/drift fit --config"
     print(f"another sampler      {fit} quickstart --model.sampler Uniform --model.sampler.k 2")
-    print(f"too high a rate      {fit} quickstart --model.optimizer.lr 1e-3")
+    collapse = "--model.optimizer.lr 5e-4 --model.loss.beta 0 --trainer.max_steps 110"
+    print(f"too high a rate      {fit} quickstart {collapse}")
     print(f"your own model       {fit} llada_math --model.policy FOLDER")
     accuracies = f"base={base['accuracy']:.3f} trained={trained['accuracy']:.3f}"
     print(f"DEMO {accuracies} n={num} seconds={seconds:.0f}")

@@ -12,12 +12,12 @@ from drift.contract import ConfigError
 
 
 class CollapseCallback(Callback):
-    """Compares the latest steps with the best: a collapse is a fall of both reward and timesteps per answer.
+    """Compares the latest steps with the highest: in a collapse reward and timesteps per answer both fell.
 
     Args:
         window: steps that are averaged, >= 1.
         reward_drop: how far the mean reward must have fallen below its best, in units of reward, > 0.
-        timestep_drop: by which share the timesteps per answer must have fallen since then, in (0, 1).
+        timestep_drop: share by which timesteps per answer must have fallen below their highest, in (0, 1).
 
     Raises:
         ConfigError: where a value is outside its range.
@@ -71,9 +71,9 @@ class CollapseCallback(Callback):
         if len(self.recent) < self.window:
             return None
         now = (sum(r for r, _ in self.recent) / self.window, sum(t for _, t in self.recent) / self.window)
-        if self.best is None or now[0] > self.best[0]:
-            self.best = now
-            return None
+        # Each by itself: while the reward still grows, the timesteps are often falling already.
+        best = self.best or now
+        self.best = (max(best[0], now[0]), max(best[1], now[1]))
         fallen = self.best[0] - now[0] >= self.reward_drop and now[1] <= self.best[1] * (
             1 - self.timestep_drop
         )

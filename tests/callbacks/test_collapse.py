@@ -43,10 +43,11 @@ def test_is_quiet_while_the_policy_gets_better_with_fewer_timesteps():
     assert look(callback(), *figures) == []
 
 
-def test_compares_with_the_timesteps_of_the_best_reward():
-    # The best is (0.9, 6): 5.7 timesteps are 5 % fewer than those, though 43 % fewer than at the start.
-    assert look(callback(window=1), (0.5, 10.0), (0.9, 6.0), (0.5, 5.7)) == []
-    assert look(callback(window=1), (0.5, 10.0), (0.9, 6.0), (0.5, 5.4)) == [2]
+def test_compares_with_the_highest_timesteps_not_with_those_of_the_best_reward():
+    # Means over ten steps of the quickstart at a learning rate of 5e-4 without KL: timesteps fall first,
+    # while the reward still grows. 0.94 - 0.82 = 0.12, and 1.69 timesteps are 38 % fewer than 2.74.
+    means = [(0.87, 2.74), (0.92, 1.71), (0.94, 1.49), (0.89, 1.51), (0.88, 1.45), (0.82, 1.69), (0.77, 1.81)]
+    assert look(callback(window=1), *means) == [5]
 
 
 def test_says_nothing_before_the_window_is_full():
