@@ -74,9 +74,7 @@ def _unknown_argument(place: str, name: str, class_path: str) -> str:
 
 def _arguments(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
-    return [
-        key for key in inspect.signature(getattr(import_module(module), name)).parameters if key != "self"
-    ]
+    return list(inspect.signature(getattr(import_module(module), name)).parameters)
 
 
 def _reason(message: str) -> str:
