@@ -1,6 +1,7 @@
 """Policies: the `DiffusionLM` interface, the families that implement it, loading and saving."""
 
 from drift.models.base import DiffusionLM, KeyValueCache
+from drift.models.dream import Dream, DreamConfig
 from drift.models.llada import LLaDA, LLaDAConfig
 from drift.models.loading import (
     load_policy,
@@ -14,6 +15,8 @@ from drift.models.snapshot import trainable_weights, weights_of
 
 __all__ = [
     "DiffusionLM",
+    "Dream",
+    "DreamConfig",
     "KeyValueCache",
     "LLaDA",
     "LLaDAConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, ClassVar, Protocol
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from drift.contract import ConfigError
 from drift.models.head import VocabHead
 
 # Finite, so that 0 * it is 0 in an entropy, and far enough down that its softmax is exactly 0.
@@ -26,6 +28,14 @@ class KeyValueCache(Protocol):
             layer: index of the transformer block.
             keys: [B,H,l,d] of the fed positions.
             values: [B,H,l,d] of the fed positions.
+        """
+        ...
+
+    def state_before(self, states: Tensor) -> Tensor | None:
+        """[B,1,D] last hidden state of the position before the fed ones; None where they begin the sequence.
+
+        Args:
+            states: [B,l,D] last hidden states of the fed positions.
         """
         ...
 
@@ -129,6 +139,35 @@ class DiffusionLM(PreTrainedModel):
     def init_std(self) -> float:
         """Standard deviation of freshly initialised weights."""
         return 0.02
+
+
+def require_sizes(config: object, keys: Sequence[str]) -> None:
+    """Raises ConfigError where one of a configuration's sizes is no positive whole number."""
+    for key in keys:
+        value = getattr(config, key)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"config.json has {key}: {value!r}; it must be a positive whole number")
+
+
+def require_values(config: Any, family: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ConfigError where a configuration asks for what its family's class does not compute.
+
+    Args:
+        config: of the checkpoint.
+        family: its name, for the message.
+        supported: the values that each key may have; a key that is absent has the first one.
+    """
+    size = config.vocab_size
+    for key, values in supported.items():
+        found = getattr(config, key, values[0])
+        if found not in values:
+            raise ConfigError(f"config.json has {key}: {found!r}; supported for {family}: {list(values)}")
+    for key in ("mask_token_id", "pad_token_id"):
+        value = getattr(config, key)
+        if not isinstance(value, int) or not 0 <= value < size:
+            raise ConfigError(
+                f"config.json has {key}: {value!r}; it must be a token id below vocab_size {size}"
+            )
 
 
 class RMSNorm(nn.Module):

@@ -16,6 +16,8 @@ from drift.models.base import (
     RMSNorm,
     attend,
     positions_from_mask,
+    require_sizes,
+    require_values,
     rotary_table,
     rotate,
 )
@@ -63,30 +65,25 @@ class LLaDAConfig(PreTrainedConfig):
 
     def require_supported(self) -> None:
         """Raises ConfigError where the checkpoint needs something that this class does not compute."""
-        for key in ("d_model", "n_heads", "n_layers", "vocab_size"):
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"config.json has {key}: {value!r}; it must be a positive whole number")
-        supported = {
-            "block_type": ("llama",),
-            "activation_type": ("silu",),
-            "layer_norm_type": ("rms",),
-            "include_bias": (False,),
-            "alibi": (False,),
-            "rope": (True,),
-            "attention_layer_norm": (False,),
-            "input_emb_norm": (False,),
-            "scale_logits": (False,),
-        }
-        for key, values in supported.items():
-            found = getattr(self, key, values[0])
-            if found not in values:
-                raise ConfigError(f"config.json has {key}: {found!r}; supported for LLaDA: {list(values)}")
-        if self.mask_token_id is None or self.pad_token_id is None:
-            raise ConfigError(
-                f"config.json has mask_token_id: {self.mask_token_id} and pad_token_id: {self.pad_token_id}; "
-                "both must be token ids"
-            )
+        require_sizes(self, ("d_model", "n_heads", "n_layers", "vocab_size", "num_kv_heads"))
+        require_values(
+            self,
+            "LLaDA",
+            {
+                "block_type": ("llama",),
+                "activation_type": ("silu",),
+                "layer_norm_type": ("rms",),
+                "include_bias": (False,),
+                "alibi": (False,),
+                "rope": (True,),
+                "attention_layer_norm": (False,),
+                "input_emb_norm": (False,),
+                "scale_logits": (False,),
+                "attention_dropout": (0.0,),
+                "embedding_dropout": (0.0,),
+                "residual_dropout": (0.0,),
+            },
+        )
         if self.d_model % self.n_heads or self.n_heads % self.num_kv_heads:
             raise ConfigError(
                 f"config.json has d_model: {self.d_model}, n_heads: {self.n_heads}, "

@@ -17,9 +17,10 @@ from transformers.utils import logging as transformers_logging
 
 from drift.contract import ConfigError
 from drift.models.base import DiffusionLM
+from drift.models.dream import Dream
 from drift.models.llada import LLaDA
 
-FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDA}
+FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDA, "Dream": Dream}
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 

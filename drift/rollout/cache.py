@@ -17,6 +17,8 @@ class PrefixCache:
         self.length = length
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        self._state: Tensor | None = None
+        self._opened = False
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values to attend to; see `drift.models.KeyValueCache`."""
@@ -27,6 +29,15 @@ class PrefixCache:
             return keys, values
         return torch.cat((self._keys[layer], keys), dim=2), torch.cat((self._values[layer], values), dim=2)
 
+    def state_before(self, states: Tensor) -> Tensor | None:
+        """The state of the prefix's last position, as stale as its keys; see `drift.models.KeyValueCache`."""
+        if self._opened:
+            return self._state
+        self._opened = True
+        if self.length:
+            self._state = states[:, self.length - 1 : self.length].clone()
+        return None
+
     def keep(self, rows: Tensor) -> None:
         """Drops all but some rows.
 
@@ -35,3 +46,4 @@ class PrefixCache:
         """
         self._keys = [k[rows] for k in self._keys]
         self._values = [v[rows] for v in self._values]
+        self._state = None if self._state is None else self._state[rows]

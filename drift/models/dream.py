@@ -1,0 +1,239 @@
+"""Dream (Ye et al., arXiv 2508.15487): bidirectional Qwen2 blocks; raw logits at i - 1 predict token i."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedConfig
+
+from drift.contract import ConfigError
+from drift.models.base import (
+    DiffusionLM,
+    KeyValueCache,
+    RMSNorm,
+    attend,
+    positions_from_mask,
+    require_sizes,
+    require_values,
+    rotary_table,
+    rotate,
+)
+from drift.models.head import VocabHead
+
+
+class DreamConfig(PreTrainedConfig):
+    """Settings of a Dream checkpoint, under the hub's keys; keys not listed here are kept as they came.
+
+    The defaults are those of Dream-v0-Instruct-7B.
+    """
+
+    model_type = "Dream"
+
+    hidden_size: int = 3584
+    num_attention_heads: int = 28
+    num_key_value_heads: int | None = 4
+    num_hidden_layers: int = 28
+    intermediate_size: int = 18944
+    vocab_size: int = 152064
+    max_position_embeddings: int = 131072
+    rope_theta: float = 1000000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    hidden_act: str = "silu"
+    attention_dropout: float = 0.0
+    use_sliding_window: bool = False
+    tie_word_embeddings: bool = False
+    mask_token_id: int | None = 151666
+    pad_token_id: int | None = 151643
+    bos_token_id: int | None = 151643
+    eos_token_id: int | list[int] | None = 151643
+
+    def require_supported(self) -> None:
+        """Raises ConfigError where the checkpoint needs something that this class does not compute."""
+        sizes = (
+            "hidden_size",
+            "num_attention_heads",
+            "num_hidden_layers",
+            "intermediate_size",
+            "vocab_size",
+            "num_kv_heads",
+        )
+        require_sizes(self, sizes)
+        require_values(
+            self,
+            "Dream",
+            {
+                "hidden_act": ("silu",),
+                "attention_dropout": (0.0,),
+                "use_sliding_window": (False,),
+            },
+        )
+        # transformers' name for what config.json calls rope_scaling.
+        scaling = getattr(self, "rope_parameters", None)
+        if scaling is not None:
+            raise ConfigError(f"config.json has rope_scaling: {scaling!r}; supported for Dream: [None]")
+        if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"config.json has hidden_size: {self.hidden_size}, num_attention_heads: "
+                f"{self.num_attention_heads}, num_key_value_heads: {self.num_key_value_heads}; hidden_size "
+                "must be a multiple of num_attention_heads, and these of num_key_value_heads"
+            )
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+
+class DreamAttention(nn.Module):
+    """Grouped attention with biases on queries, keys and values; the attribute names are the hub's."""
+
+    def __init__(self, config: DreamConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_width = config.hidden_size // config.num_attention_heads
+        kv_width = self.head_width * config.num_kv_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=True)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], key_mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """What the attention adds to the residual stream, [B,l,D]."""
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, table), rotate(key, table)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        return self.o_proj(attend(query, key, value, key_mask))
+
+
+class DreamMLP(nn.Module):
+    """Gated feed-forward layer; the attribute names are the hub's."""
+
+    def __init__(self, config: DreamConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer adds to the residual stream, [B,l,D]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DreamBlock(nn.Module):
+    """One transformer block; the attribute names are the hub's."""
+
+    def __init__(self, config: DreamConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = DreamAttention(config, layer)
+        self.mlp = DreamMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], key_mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """The residual stream [B,l,D] after this block."""
+        x = x + self.self_attn(self.input_layernorm(x), table, key_mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Dream(DiffusionLM):
+    """The Dream policy; loads and saves the hub's folders (Qwen2's tensor names)."""
+
+    config_class = DreamConfig
+    config: DreamConfig
+    hub_architectures = ("DreamModel",)
+    _no_split_modules = ["DreamBlock"]  # noqa: RUF012 - transformers reads it from the class
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DreamConfig) -> None:
+        config.require_supported()
+        super().__init__(config)
+        parts = {
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(DreamBlock(config, i) for i in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+        }
+        self.model = nn.ModuleDict(parts)
+        self.lm_head = VocabHead(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @property
+    def head(self) -> VocabHead:
+        """The output head: logits = head(hidden)."""
+        return self.lm_head
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The transformer blocks, first to last."""
+        return cast(nn.ModuleList, self.model["layers"])
+
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of freshly initialised weights."""
+        return self.config.initializer_range
+
+    @property
+    def illegal_token_ids(self) -> list[int]:
+        """The mask token, and the rows above it, which fill the head up and stand for no token."""
+        return list(range(self.mask_token_id, self.config.vocab_size))
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.model["embed_tokens"]
+
+    def set_input_embeddings(self, value: Any) -> None:
+        """Replaces the token embedding."""
+        self.model["embed_tokens"] = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The output head."""
+        return self.lm_head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Hidden states [B,l,D], aligned; see `DiffusionLM.forward`."""
+        if position_ids is None:
+            position_ids = (
+                torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+                if attention_mask is None
+                else positions_from_mask(attention_mask)
+            )
+        head_width = self.config.hidden_size // self.config.num_attention_heads
+        table = rotary_table(position_ids, head_width, self.config.rope_theta)
+        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        x = self.get_input_embeddings()(input_ids)
+        for block in self.blocks:
+            x = block(x, table, key_mask, cache)
+        raw = self.model["norm"](x)
+        return shifted(raw, position_ids, None if cache is None else cache.state_before(raw))
+
+
+def shifted(raw: Tensor, position_ids: Tensor, before: Tensor | None) -> Tensor:
+    """Hidden states moved by one, so that position i holds what predicts the token at i.
+
+    Shifting comes before anything is cut off: cut first, and the first token of a completion would be scored
+    with its own row instead of the prompt's last one.
+
+    Args:
+        raw: [B,l,D] hidden states as the body gives them.
+        position_ids: [B,l] int64; a first token (position 0) has no predecessor and keeps its own state.
+        before: [B,1,D] state of the position before the fed ones; None: they begin the sequence.
+    """
+    previous = torch.cat((raw[:, :1] if before is None else before, raw[:, :-1]), dim=1)
+    return torch.where((position_ids == 0)[..., None], raw, previous)
