@@ -110,7 +110,7 @@ class DiffusionLM(PreTrainedModel):
         Args:
             logits: [..., V] float.
         """
-        illegal = torch.tensor(self.illegal_token_ids, device=logits.device)
+        illegal = torch.tensor(self.illegal_token_ids, dtype=torch.int64, device=logits.device)
         return logits.index_fill(-1, illegal, ILLEGAL_LOGIT)
 
     @property

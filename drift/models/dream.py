@@ -51,6 +51,12 @@ class DreamConfig(PreTrainedConfig):
     bos_token_id: int | None = 151643
     eos_token_id: int | list[int] | None = 151643
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Set afterwards, and under transformers' name: its setter of the hub's one warns.
+        scaling = kwargs.pop("rope_scaling", None) or kwargs.pop("rope_parameters", None)
+        super().__post_init__(**kwargs)
+        self.rope_parameters = scaling
+
     def require_supported(self) -> None:
         """Raises ConfigError where the checkpoint needs something that this class does not compute."""
         sizes = (
@@ -71,10 +77,10 @@ class DreamConfig(PreTrainedConfig):
                 "use_sliding_window": (False,),
             },
         )
-        # transformers' name for what config.json calls rope_scaling.
-        scaling = getattr(self, "rope_parameters", None)
-        if scaling is not None:
-            raise ConfigError(f"config.json has rope_scaling: {scaling!r}; supported for Dream: [None]")
+        if self.rope_parameters is not None:
+            raise ConfigError(
+                f"config.json has rope_scaling: {self.rope_parameters!r}; supported for Dream: [None]"
+            )
         if self.hidden_size % self.num_attention_heads or self.num_attention_heads % self.num_kv_heads:
             raise ConfigError(
                 f"config.json has hidden_size: {self.hidden_size}, num_attention_heads: "
@@ -160,7 +166,8 @@ class Dream(DiffusionLM):
         config.require_supported()
         super().__init__(config)
         parts = {
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            # As in the original, the embedding of padding is never trained.
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id),
             "layers": nn.ModuleList(DreamBlock(config, i) for i in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         }
