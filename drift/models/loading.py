@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from drift.contract import ConfigError
 from drift.models.base import DiffusionLM
 from drift.models.dream import Dream
+from drift.models.inspection import require_weights, unsupported_type
 from drift.models.llada import LLaDA
 
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDA, "Dream": Dream}
@@ -72,10 +73,7 @@ def read_config(folder: Path, key: str = "model.policy") -> dict[str, Any]:
             f"{key} is {str(folder)!r}: its config.json holds {type(config).__name__}, no object"
         )
     if config.get("model_type") not in list(FAMILIES):
-        raise ConfigError(
-            f"{key} is {str(folder)!r}: its config.json has model_type: {config.get('model_type')!r}; "
-            f"supported: {sorted(FAMILIES)}"
-        )
+        raise unsupported_type(folder, config, sorted(FAMILIES), key)
     return config
 
 
@@ -106,9 +104,7 @@ def load_policy(
         # In place; transformers' own `to` is wrapped beyond the type checker's sight.
         nn.Module.to(policy, dtype)
         return policy
-    if not any(folder.glob("*.safetensors")):
-        found = sorted(p.name for p in folder.iterdir())
-        raise ConfigError(f"{key} is {str(folder)!r}: it has no *.safetensors weights, only {found}")
+    require_weights(folder, config.model_type, key)
     transformers_logging.disable_progress_bar()
     try:
         policy, report = family.from_pretrained(

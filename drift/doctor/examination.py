@@ -1,0 +1,265 @@
+"""The checks, on the folder and on what the policy does with a few probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from drift.contract import ConfigError, Rollout
+from drift.doctor.checks import Check
+from drift.doctor.probes import Probe, batch_of, built_in_probes, random_probes
+from drift.logprobs import token_logprobs
+from drift.masking import masked_batch
+from drift.models import (
+    DiffusionLM,
+    Dream,
+    load_policy,
+    load_tokenizer,
+    read_config,
+    require_matching_tokenizer,
+    resolve_folder,
+)
+from drift.rollout import DenoiseConfig, denoise
+from drift.samplers import FullSampler
+
+# An alternative counts as better where it gains this much a token, this surely (standard errors of the mean).
+_MARGIN_NATS, _SIGMAS, _LEAST_TOKENS = 0.5, 4.0, 20
+# Mean difference of log-probabilities that rounding explains; a wrong mask or shift gives far more.
+_TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+_LONGEST, _PROMPT_LENGTH, _COMPLETION_LENGTH = 256, 64, 16
+_OTHER_CANDIDATES = 8
+
+
+def examine_folder(
+    path: str | Path, tokenizer: str | None = None, dtype: torch.dtype = torch.float32
+) -> list[Check]:
+    """All checks on a folder, as far as they can be made.
+
+    Args:
+        path: what `drift.models.resolve_folder` takes.
+        tokenizer: another folder to take the tokenizer from; None: the policy's own.
+        dtype: to load the weights in.
+    """
+    checks: list[Check] = []
+    try:
+        folder = resolve_folder(path, "path")
+        config = read_config(folder, "path")
+    except ConfigError as error:
+        return [Check(name="folder", status="failed", found="it cannot be used", fix=str(error))]
+    checks.append(Check(name="folder", status="ok", found=f"{folder}, model_type {config['model_type']}"))
+    words = None
+    try:
+        words = load_tokenizer(tokenizer or folder, "tokenizer")
+        checks.append(_tokenizer(config, words))
+    except ConfigError as error:
+        checks.append(Check(name="tokenizer", status="failed", found="it cannot be used", fix=str(error)))
+    try:
+        policy = load_policy(folder, dtype, key="path").eval()
+    except ConfigError as error:
+        failed = Check(name="weights", status="failed", found="they cannot be used", fix=str(error))
+        return [*checks, failed]
+    return checks + examine(policy, words, [])
+
+
+@torch.no_grad()
+def examine(
+    policy: DiffusionLM, tokenizer: PreTrainedTokenizerFast | None, probes: Sequence[Probe]
+) -> list[Check]:
+    """The checks that need the policy: a few short forward passes.
+
+    Args:
+        policy: in evaluation mode, where it is to be used.
+        tokenizer: the policy's; None leaves out what takes one.
+        probes: texts of the task; built-in ones are added.
+    """
+    checks = [_finite(policy)]
+    if checks[0].status == "failed":
+        return checks  # NaN would fail every other one
+    texts = [
+        Probe(ids=p.ids[:_LONGEST], start=p.start) for p in probes if len(p.ids[:_LONGEST]) > p.start + 2
+    ]
+    if tokenizer is not None:
+        texts += built_in_probes(tokenizer)
+        checks += _likelihoods(policy, tokenizer, texts)
+    texts = texts or random_probes(policy.mask_token_id)
+    return [*checks, _padding(policy, texts), *_rollout(policy, texts)]
+
+
+def _tokenizer(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> Check:
+    try:
+        require_matching_tokenizer(config, tokenizer)
+    except ConfigError as error:
+        return Check(name="tokenizer", status="failed", found="it is not the policy's", fix=str(error))
+    ids = {name: config[name] for name in ("mask_token_id", "pad_token_id")}
+    named = ", ".join(f"{k} {v} {tokenizer.convert_ids_to_tokens(v)!r}" for k, v in ids.items())
+    return Check(name="tokenizer", status="ok", found=f"{len(tokenizer)} tokens, {named}")
+
+
+def _finite(policy: DiffusionLM) -> Check:
+    bad = [name for name, value in policy.named_parameters() if not bool(torch.isfinite(value).all())]
+    if bad:
+        found = f"{len(bad)} tensors hold NaN or infinity, such as {bad[0]}"
+        fix = "the checkpoint is damaged or its training diverged: copy it again, or take an earlier one"
+        return Check(name="weights", status="failed", found=found, fix=fix)
+    number = sum(p.numel() for p in policy.parameters())
+    return Check(name="weights", status="ok", found=f"{number:,} parameters, all finite")
+
+
+def _likelihoods(
+    policy: DiffusionLM, tokenizer: PreTrainedTokenizerFast, texts: list[Probe]
+) -> Iterator[Check]:
+    """Does the head answer for its own position, and is the mask token the one that it was trained with?"""
+    ids, mask, asked = (t.to(policy.device) for t in batch_of(texts, policy.pad_token_id))
+    # The neighbours of the asked positions must exist, for what their rows of the head say.
+    asked[:, -1] = False
+    aligned = _scores(policy, ids, mask, asked, policy.mask_token_id, 0)
+    rows = {move: _scores(policy, ids, mask, asked, policy.mask_token_id, move) for move in (-1, 1)}
+    found = {move: _compare(other, aligned) for move, other in rows.items()}
+    known = all(_compare(aligned, other)[0] for other in rows.values())
+    mean = aligned.mean().item()
+    better = max((move for move in rows if found[move][0]), key=lambda move: found[move][1], default=None)
+    if better is not None:
+        yield _shifted(policy, better, found[better][1])
+    elif known:
+        gain = min(_compare(aligned, other)[1] for other in rows.values())
+        said = f"masked tokens of known texts: {mean:.2f} nats each, {gain:.1f} better than the rows beside"
+        yield Check(name="shift", status="ok", found=said)
+    else:
+        said = f"masked tokens of known texts: {mean:.2f} nats each, no better than the rows beside"
+        yield Check(name="shift", status="unsure", found=f"{said} (a fresh or very small policy?)")
+    yield _mask_id(policy, tokenizer, (ids, mask, asked), aligned, known)
+
+
+def _shifted(policy: DiffusionLM, move: int, gain: float) -> Check:
+    name = policy.config.model_type
+    if isinstance(policy, Dream) and move == 1:
+        what = "the head looks unshifted: this is a LLaDA-type checkpoint"
+    elif not isinstance(policy, Dream) and move == -1:
+        what = "the head looks shifted by one: this is a Dream-type checkpoint"
+    else:
+        what = "the head looks shifted the wrong way: the checkpoint belongs to another kind of model"
+    found = f"the row {'before' if move < 0 else 'behind'} predicts masked tokens {gain:.1f} nats better"
+    fix = f"{what}, model_type says {name}; use the config.json that came with the weights"
+    return Check(name="shift", status="failed", found=found, fix=fix)
+
+
+def _mask_id(
+    policy: DiffusionLM,
+    tokenizer: PreTrainedTokenizerFast,
+    batch: tuple[Tensor, Tensor, Tensor],
+    aligned: Tensor,
+    known: bool,
+) -> Check:
+    ours = policy.mask_token_id
+    special = sorted(set(tokenizer.get_added_vocab().values()) - {ours})
+    named = [i for i in special if "mask" in str(tokenizer.convert_ids_to_tokens(i)).lower()]
+    others = [i for i in special if i not in named and i != policy.pad_token_id]
+    candidates = [i for i in (*named, *others[:_OTHER_CANDIDATES]) if i < policy.head.weight.shape[0]]
+    results = {i: _compare(_scores(policy, *batch, i, 0), aligned) for i in candidates}
+    best = max((i for i in results if results[i][0]), key=lambda i: results[i][1], default=None)
+    if best is not None:
+        name, gain = tokenizer.convert_ids_to_tokens(best), results[best][1]
+        found = f"masking with {best} {name!r} predicts {gain:.1f} nats better than with {ours}"
+        fix = f"config.json has mask_token_id: {ours}; set it to {best}"
+        return Check(name="mask id", status="failed", found=found, fix=fix)
+    name = tokenizer.convert_ids_to_tokens(ours)
+    if not candidates:
+        return Check(
+            name="mask id", status="unsure", found=f"{ours} {name!r}: no other special token to compare"
+        )
+    said = f"{ours} {name!r}: none of {len(candidates)} other special tokens predicts better"
+    return Check(name="mask id", status="ok" if known else "unsure", found=said)
+
+
+def _scores(
+    policy: DiffusionLM, ids: Tensor, mask: Tensor, asked: Tensor, mask_token_id: int, move: int
+) -> Tensor:
+    """[n] log-probabilities of the asked tokens, read off the row `move` places away; nats."""
+    hidden = policy(ids.masked_fill(asked, mask_token_id), mask)
+    row, position = asked.nonzero(as_tuple=True)
+
+    def read(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return (logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0],)
+
+    return policy.head(hidden[row, position + move], read, ids[row, position], chunk_size=256)[0]
+
+
+def _compare(one: Tensor, other: Tensor) -> tuple[bool, float]:
+    """Whether one set of log-probabilities is surely and clearly above another's, and by how much, nats."""
+    difference = (one - other).double()
+    if len(difference) < _LEAST_TOKENS:
+        return False, 0.0
+    mean, error = difference.mean().item(), difference.std().item() / math.sqrt(len(difference))
+    return mean > _MARGIN_NATS and mean > _SIGMAS * error, mean
+
+
+def _padding(policy: DiffusionLM, texts: list[Probe]) -> Check:
+    """Rows alone against the same rows left-padded beside longer ones."""
+    texts = [Probe(ids=p.ids[: 8 + 5 * n], start=0) for n, p in enumerate(texts[:4])]
+    ids, mask, asked = (t.to(policy.device) for t in batch_of(texts, policy.pad_token_id))
+    together = _scores(policy, ids, mask, asked, policy.mask_token_id, 0)
+    alone = []
+    for row in range(len(texts)):
+        real = mask[row]
+        one, ones, where = (t[row, real][None] for t in (ids, mask, asked))
+        alone.append(_scores(policy, one, ones, where, policy.mask_token_id, 0))
+    off = (together - torch.cat(alone)).abs().mean().item()
+    limit = _tolerance(policy)
+    found = f"padded rows differ from the same rows alone by {off:.1e} nats a token"
+    if math.isnan(off) or off > limit:
+        fix = "the attention reads padding: its mask or its position ids do not reach the policy's blocks"
+        return Check(name="padding", status="failed", found=found, fix=fix)
+    return Check(name="padding", status="ok", found=found)
+
+
+def _tolerance(policy: DiffusionLM) -> float:
+    dtype = policy.head.weight.dtype
+    if torch.is_autocast_enabled(policy.device.type):
+        dtype = torch.get_autocast_dtype(policy.device.type)
+    return _TOLERANCE_NATS[dtype]
+
+
+def _rollout(policy: DiffusionLM, texts: list[Probe]) -> Iterator[Check]:
+    """What a short uncached rollout emits, and whether scoring it again gives the recorded probabilities."""
+    prompts = [Probe(ids=p.ids[-_PROMPT_LENGTH:]) for p in texts[:2]]
+    ids, mask, _ = (t.to(policy.device) for t in batch_of(prompts, policy.pad_token_id))
+    opening = "first_token" if isinstance(policy, Dream) else "confidence"
+    config = DenoiseConfig(
+        block_length=_COMPLETION_LENGTH, threshold=None, steps=4, temperature=1.0, block_opening=opening
+    )
+    rollout = denoise(policy, ids, mask, _COMPLETION_LENGTH, config, torch.Generator().manual_seed(0))
+    illegal = torch.tensor(policy.illegal_token_ids, device=ids.device)
+    emitted = torch.isin(rollout.completion_ids, illegal).sum().item()
+    yield Check(
+        name="legal tokens",
+        status="failed" if emitted else "ok",
+        found=f"{emitted} of {rollout.completion_ids.numel()} drawn tokens are the mask or stand for nothing",
+        fix="illegal_token_ids of the policy's class does not reach its decoding" if emitted else "",
+    )
+    off, num = _rescored(policy, rollout)
+    if num == 0:
+        yield Check(name="re-scoring", status="unsure", found="the rollout held nothing but padding")
+        return
+    found = f"{num} rolled-out tokens, scored again: {off:.1e} nats apart on average"
+    if math.isnan(off) or off > _tolerance(policy):
+        fix = "rollout and update do not see the same states, every gradient would be wrong: report it"
+        yield Check(name="re-scoring", status="failed", found=found, fix=fix)
+    else:
+        yield Check(name="re-scoring", status="ok", found=found)
+
+
+def _rescored(policy: DiffusionLM, rollout: Rollout) -> tuple[float, int]:
+    """Mean difference of recorded and re-scored log-probabilities, nats, and of how many tokens."""
+    assert rollout.token_probs is not None
+    batch = masked_batch(rollout, FullSampler().plan(rollout), policy.mask_token_id)
+    if len(batch) == 0:
+        return 0.0, 0
+    again = token_logprobs(policy, batch).logp[batch.current]
+    recorded = rollout.token_probs.log()[batch.row][batch.current]
+    return (again - recorded).abs().mean().item(), int(batch.current.sum())
