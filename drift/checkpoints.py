@@ -66,12 +66,46 @@ def require_weights_of(module: nn.Module, checkpoint: Mapping[str, Any]) -> None
         )
 
 
-def require_resumable(checkpoint: Mapping[str, Any], max_steps: int) -> None:
-    """Raises ConfigError where training cannot go on from a checkpoint, or has nothing left to do."""
+def require_adapters_of(found: Mapping[str, Any] | None, needed: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError unless a checkpoint's adapters are of the kind that a module has.
+
+    Args:
+        found: their settings in the checkpoint; None: it holds the whole policy.
+        needed: those of the module; None: the whole policy is trained.
+    """
+    if found == needed:
+        return
+    if found is None:
+        words, fix = "it holds a whole policy and no adapters", "set model.lora to null"
+    elif needed is None:
+        words, fix = "it holds adapters alone", f"set model.lora to {dict(found)}"
+    else:
+        words, fix = f"its adapters were made with model.lora {dict(found)}", "set model.lora to the same"
+    raise ConfigError(
+        f"ckpt_path: {words}, but model.lora is {None if needed is None else dict(needed)}; {fix}, or give "
+        "the checkpoint of another run"
+    )
+
+
+def require_resumable(checkpoint: Mapping[str, Any], max_steps: int, master_weights: bool = False) -> None:
+    """Raises ConfigError where training cannot go on from a checkpoint, or has nothing left to do.
+
+    Args:
+        checkpoint: what was read.
+        max_steps: optimizer steps after which training ends.
+        master_weights: whether the optimizer to go on with keeps them.
+    """
     if not checkpoint.get("optimizer_states"):
         raise ConfigError(
             "ckpt_path: it holds weights but no optimizer, so that training cannot go on from it; give "
             "checkpoints/last.ckpt or best.ckpt"
+        )
+    states = [s for found in checkpoint["optimizer_states"] for s in found.get("state", {}).values()]
+    kept = any("master" in state for state in states)
+    if states and kept != master_weights:
+        raise ConfigError(
+            f"model.optimizer.master_weights is {master_weights}: the checkpoint was written with {kept}; "
+            "set it to the same"
         )
     if checkpoint["global_step"] >= max_steps:
         raise ConfigError(

@@ -11,15 +11,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from drift.advantages import group_advantages, select_groups
-from drift.contract import (
-    ConfigError,
-    LossOutput,
-    MaskedBatch,
-    PromptBatch,
-    Rollout,
-    SampleError,
-    TokenLogProbs,
-)
+from drift.contract import ConfigError, LossOutput, MaskedBatch, PromptBatch, Rollout, TokenLogProbs
 from drift.distributed import (
     gather_over_ranks,
     max_over_ranks,
@@ -31,9 +23,18 @@ from drift.distributed import (
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
-from drift.models import DiffusionLM, load_policy, require_reference, trainable_weights, weights_of
+from drift.models import (
+    DiffusionLM,
+    LoRAConfig,
+    load_policy,
+    reference_of,
+    require_reference,
+    resolve_folder,
+    trainable_weights,
+    weights_of,
+)
 from drift.optimizer import OptimizerConfig, clip_gradients
-from drift.policy_module import DType, PolicyModule, require_rollout
+from drift.policy_module import DType, PolicyModule, require_rollout, sample_error
 from drift.randomness import fold
 from drift.samplers import TimestepSampler, WeightedSampler
 
@@ -49,15 +50,17 @@ class RLDFModule(PolicyModule):
     Args:
         policy: a Hugging Face folder, the bare name of a policy that comes with drift, or a hub id.
         reference: the same for the frozen reference of the KL; None: the policy as it was at the start. It is
-            loaded only where loss.beta > 0.
+            loaded only where loss.beta > 0 and it is not the policy without the adapters of `lora`.
         sampler: denoising timesteps that the gradient is estimated from; None: `WeightedSampler`.
         loss: settings of the policy loss.
         optimizer: settings of AdamW.
         num_updates: optimizer steps from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.
         train_groups: groups of completions to train on, of all rolled out, over all ranks; None: all.
         micro_batch_size: noisy states in one forward and backward pass; the result does not depend on it.
-        dtype: dtype of the policy's parameters; with bfloat16 an update below 1/256 of a weight is lost, so
-            keep float32 (with trainer.precision bf16-mixed) for learning rates like 1e-6.
+        dtype: dtype of the policy's weights; with bfloat16 an update below 1/256 of a weight is lost, so keep
+            float32 (with trainer.precision bf16-mixed), or set optimizer.master_weights, or lora.
+        lora: adapters to train in place of the weights, which stay as they are; None: train the weights.
+        activation_checkpointing: compute the blocks again in backward: less memory, the same numbers, slower.
 
     Raises:
         ConfigError: where a value is outside its range or there is no such policy.
@@ -74,8 +77,10 @@ class RLDFModule(PolicyModule):
         train_groups: int | None = None,
         micro_batch_size: int = 64,
         dtype: DType = "float32",
+        lora: LoRAConfig | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(policy, optimizer, dtype)
+        super().__init__(policy, optimizer, dtype, False, lora, activation_checkpointing)
         for key, value in (
             ("num_updates", num_updates),
             ("train_groups", 1 if train_groups is None else train_groups),
@@ -103,9 +108,10 @@ class RLDFModule(PolicyModule):
     def configure_model(self) -> None:
         """Loads the policy, and the reference where the loss has a KL, once."""
         super().configure_model()
-        if self.loss.beta > 0 and self.reference is None:
-            folder = self.reference_path or self.policy_folder
-            reference = load_policy(folder, self.policy_dtype, key="model.reference")
+        folder = resolve_folder(self.reference_path or self.policy_folder, "model.reference")
+        without_adapters = self.lora is not None and folder == self.policy_folder
+        if self.loss.beta > 0 and self.reference is None and not without_adapters:
+            reference = load_policy(folder, self.weights_dtype, key="model.reference")
             object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
 
     def on_fit_start(self) -> None:
@@ -116,6 +122,7 @@ class RLDFModule(PolicyModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the rollout at hand, and the weights that made it, where further updates of it are to come."""
+        super().on_save_checkpoint(checkpoint)
         if self.learned is None or self.global_step % self.num_updates == 0:
             return
         rollout = {f.name: getattr(self.learned, f.name) for f in fields(self.learned)}
@@ -197,7 +204,10 @@ class RLDFModule(PolicyModule):
 
     @torch.no_grad()
     def _reference_logprobs(self, states: MaskedBatch) -> TokenLogProbs | None:
-        return None if self.reference is None else self._score(self.reference, states)
+        if self.loss.beta == 0:
+            return None
+        with reference_of(self.policy, self.reference) as reference:
+            return self._score(reference, states)
 
     def _parts(self, noisy: MaskedBatch) -> list[Tensor]:
         """The micro-batches, as indices of noisy states."""
@@ -263,19 +273,8 @@ class RLDFModule(PolicyModule):
         if bool(torch.isfinite(sum_over_ranks(value.detach()))):
             return
         assert self.learned is not None
-        assert self.learned.advantages is not None
-        rows = rows.unique()
-        raise SampleError(
-            f"{what} is {value.item()} at step {self.global_step}: the weights are as before this step; "
-            "look at the samples, or go back to an earlier checkpoint with a lower model.optimizer.lr",
-            {
-                "step": self.global_step,
-                "positions": batch.positions.tolist(),
-                "prompts": [problem.prompt for problem in batch.problems],
-                "completion_ids": self.learned.completion_ids[rows].tolist(),
-                "advantages": self.learned.advantages[rows].tolist(),
-            },
-        )
+        message = f"{what} is {value.item()}"
+        raise sample_error(message, self.global_step, batch, self.learned, rows.unique())
 
     def _log_update(
         self, outputs: list[LossOutput], noisy: MaskedBatch, norm: Tensor, seconds: float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,13 +12,24 @@ from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from drift.checkpoints import require_resumable, require_weights_of
-from drift.contract import ConfigError, PromptBatch, Rollout
+from drift.checkpoints import require_adapters_of, require_resumable, require_weights_of
+from drift.contract import ConfigError, PromptBatch, Rollout, SampleError
 from drift.metrics import RolloutMetrics
-from drift.models import DiffusionLM, load_policy, read_config, require_matching_tokenizer, resolve_folder
-from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from drift.models import (
+    DiffusionLM,
+    LoRAConfig,
+    add_adapters,
+    load_policy,
+    policy_skeleton,
+    read_config,
+    require_adapters,
+    require_matching_tokenizer,
+    resolve_folder,
+)
+from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule, require_precise
 
 DType = Literal["float32", "bfloat16"]
+_ADAPTERS = "adapters"
 Experience = Callable[["PolicyModule", PromptBatch], PromptBatch]
 
 
@@ -29,13 +41,21 @@ class PolicyModule(LightningModule):
         optimizer: settings of AdamW.
         dtype: dtype of the policy's parameters.
         random_init: start from fresh weights, of the folder's config.json.
+        lora: adapters to train in place of the weights, which stay as they are; None: train the weights.
+        activation_checkpointing: compute the blocks again in backward: less memory, the same numbers, slower.
     """
 
     experience: Experience | None = None
     on_progress: Callable[[str, int, int], None] | None = None
 
     def __init__(
-        self, policy: str, optimizer: OptimizerConfig, dtype: DType = "float32", random_init: bool = False
+        self,
+        policy: str,
+        optimizer: OptimizerConfig,
+        dtype: DType = "float32",
+        random_init: bool = False,
+        lora: LoRAConfig | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if dtype not in get_args(DType):
@@ -45,6 +65,13 @@ class PolicyModule(LightningModule):
         self.optimizer_config = optimizer
         self.policy_dtype: torch.dtype = getattr(torch, dtype)
         self.random_init = random_init
+        self.lora = lora
+        if lora is not None:
+            # Every target by its name: what "all of them" are, a checkpoint must be able to say.
+            self.lora = replace(lora, targets=require_adapters(policy_skeleton(self.policy_folder), lora))
+            # A checkpoint holds the adapters alone; `require_weights_of` sees that it holds all of them.
+            self.strict_loading = False
+        self.activation_checkpointing = activation_checkpointing
         self.rollout_metrics = RolloutMetrics()
         self.validation_metrics = RolloutMetrics()
         self.test_metrics = RolloutMetrics()
@@ -52,6 +79,14 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Checks precision, and that the tokenizer is the policy's, before its weights are loaded."""
+        if self.trainer.precision == "bf16-true" and self.lora is not None:
+            raise ConfigError(
+                "trainer.precision is 'bf16-true': it would round the adapters of model.lora, which are "
+                "float32; use 32-true or bf16-mixed, and model.dtype bfloat16 for the weights"
+            )
+        if stage == "fit":
+            trained = torch.float32 if self.lora is not None else self.weights_dtype
+            require_precise(self.optimizer_config, trained)
         if self.trainer.precision in ("16-mixed", "16-true"):
             raise ConfigError(
                 f"trainer.precision is {self.trainer.precision!r}: gradients would be clipped while they are "
@@ -61,10 +96,21 @@ class PolicyModule(LightningModule):
         if tokenizer is not None:
             require_matching_tokenizer(self.policy_config, tokenizer)
 
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """What the policy's weights are in: the setting, unless the trainer casts whole models."""
+        attached = self._trainer is not None
+        return torch.bfloat16 if attached and self.trainer.precision == "bf16-true" else self.policy_dtype
+
     def configure_model(self) -> None:
         """Loads the policy, once."""
         if "policy" not in self._modules:
-            self.policy = load_policy(self.policy_folder, self.policy_dtype, random_init=self.random_init)
+            policy = load_policy(self.policy_folder, self.weights_dtype, random_init=self.random_init)
+            policy.activation_checkpointing = self.activation_checkpointing
+            if self.lora is not None:
+                # The run's seed itself: whatever has been drawn since must not matter.
+                add_adapters(policy, self.lora, seed=torch.initial_seed())
+            self.policy = policy
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, and its schedule, stepped once an optimizer step."""
@@ -84,11 +130,28 @@ class PolicyModule(LightningModule):
         """Whether the batch is to be rolled out."""
         return not self.trainer.training
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The weights for a checkpoint: with adapters these alone, as the rest is in the policy's folder."""
+        state = super().state_dict(*args, **kwargs)
+        if self.lora is not None:
+            prefix = kwargs.get("prefix", "")
+            for name, parameter in self.named_parameters(prefix.rstrip("."), remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+        return state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what the adapters are, where there are any."""
+        if self.lora is not None:
+            checkpoint[_ADAPTERS] = asdict(self.lora)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights that are not the policy's, and a run that has nothing left to do."""
+        require_adapters_of(checkpoint.get(_ADAPTERS), None if self.lora is None else asdict(self.lora))
         require_weights_of(self, checkpoint)
         if self.trainer.state.fn == TrainerFn.FITTING:
-            require_resumable(checkpoint, self.trainer.max_steps)
+            masters = self.optimizer_config.master_weights
+            require_resumable(checkpoint, self.trainer.max_steps, masters)
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -155,3 +218,27 @@ def require_rollout(batch: PromptBatch) -> Rollout:
             "the batch has no rollout: add drift.callbacks.RolloutCallback to the trainer's callbacks"
         )
     return batch.rollout
+
+
+def sample_error(message: str, step: int, batch: PromptBatch, rollout: Rollout, rows: Tensor) -> SampleError:
+    """The error that shows the samples behind it.
+
+    Args:
+        message: what happened.
+        step: optimizer steps taken before.
+        batch: the prompts.
+        rollout: their rollout, with advantages.
+        rows: [n] int64, the rollouts to show.
+    """
+    assert rollout.advantages is not None
+    return SampleError(
+        f"{message} at step {step}: the weights are as before this step; look at the samples, or go back to "
+        "an earlier checkpoint with a lower model.optimizer.lr",
+        {
+            "step": step,
+            "positions": batch.positions.tolist(),
+            "prompts": [problem.prompt for problem in batch.problems],
+            "completion_ids": rollout.completion_ids[rows].tolist(),
+            "advantages": rollout.advantages[rows].tolist(),
+        },
+    )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from drift.contract import ConfigError, MaskedBatch, PromptBatch
 from drift.logprobs import token_logprobs
+from drift.models import LoRAConfig
 from drift.optimizer import OptimizerConfig, clip_gradients
 from drift.policy_module import DType, PolicyModule
 from drift.randomness import fold, uniform
@@ -27,6 +28,8 @@ class SFTModule(PolicyModule):
         random_init: start from fresh weights, of the folder's config.json.
         dtype: dtype of the policy's parameters.
         seed: of the masks.
+        lora: adapters to train in place of the weights, which stay as they are; None: train the weights.
+        activation_checkpointing: compute the blocks again in backward: less memory, the same numbers, slower.
     """
 
     def __init__(
@@ -36,8 +39,10 @@ class SFTModule(PolicyModule):
         random_init: bool = False,
         dtype: DType = "float32",
         seed: int = 0,
+        lora: LoRAConfig | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(policy, optimizer, dtype, random_init)
+        super().__init__(policy, optimizer, dtype, random_init, lora, activation_checkpointing)
         self.seed = seed
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:

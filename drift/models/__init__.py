@@ -1,11 +1,20 @@
 """Policies: the `DiffusionLM` interface, the families that implement it, loading and saving."""
 
+from drift.models.adapters import (
+    LoRAConfig,
+    adapters_off,
+    add_adapters,
+    merged_state_dict,
+    reference_of,
+    require_adapters,
+)
 from drift.models.base import DiffusionLM, KeyValueCache
 from drift.models.dream import Dream, DreamConfig
 from drift.models.llada import LLaDA, LLaDAConfig
 from drift.models.loading import (
     load_policy,
     load_tokenizer,
+    policy_skeleton,
     read_config,
     require_matching_tokenizer,
     require_reference,
@@ -20,9 +29,16 @@ __all__ = [
     "KeyValueCache",
     "LLaDA",
     "LLaDAConfig",
+    "LoRAConfig",
+    "adapters_off",
+    "add_adapters",
     "load_policy",
     "load_tokenizer",
+    "merged_state_dict",
+    "policy_skeleton",
     "read_config",
+    "reference_of",
+    "require_adapters",
     "require_matching_tokenizer",
     "require_reference",
     "resolve_folder",

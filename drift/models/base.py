@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from drift.contract import ConfigError
+from drift.models.adapters import merged_state_dict
 from drift.models.head import VocabHead
+from drift.models.writing import restore_texts
 
 # Finite, so that 0 * it is 0 in an entropy, and far enough down that its softmax is exactly 0.
 ILLEGAL_LOGIT = -1e30
@@ -51,6 +56,10 @@ class DiffusionLM(PreTrainedModel):
     base_model_prefix = "model"
     hub_architectures: ClassVar[tuple[str, ...]] = ()
     _supports_sdpa = True
+    # The folder's configurations as they came: transformers renames and drops some of their keys.
+    texts: Mapping[str, str] = MappingProxyType({})
+    # In training, keep a block's input alone and compute the block again in backward.
+    activation_checkpointing: bool = False
 
     @property
     def head(self) -> VocabHead:
@@ -92,6 +101,41 @@ class DiffusionLM(PreTrainedModel):
         """
         raise NotImplementedError
 
+    def run_blocks(
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """The residual stream after all blocks.
+
+        Args:
+            x: [B,l,D] embedded tokens.
+            table: what `rotary_table` gives.
+            key_mask: [B,1,1,L] bool, False at padding; None: no padding.
+            cache: keys and values of positions that are not fed.
+
+        Returns:
+            [B,l,D].
+        """
+        # A cache would be extended a second time in backward.
+        recompute = (
+            self.activation_checkpointing and self.training and cache is None and torch.is_grad_enabled()
+        )
+        for block in self.blocks:
+            if recompute:
+                # Nothing in a block is random.
+                x = cast(
+                    Tensor,
+                    checkpoint(
+                        block, x, table, key_mask, None, use_reentrant=False, preserve_rng_state=False
+                    ),
+                )
+            else:
+                x = block(x, table, key_mask, cache)
+        return x
+
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits at every position, aligned: `logits[:, i]` scores the token at i.
 
@@ -119,12 +163,18 @@ class DiffusionLM(PreTrainedModel):
         return [self.mask_token_id]
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Writes a Hugging Face folder: safetensors and config.json, with the hub's tensor and class name."""
+        """Writes a Hugging Face folder: safetensors and config.json, with the hub's tensor and class names.
+
+        Adapters are merged into the weights that are written.
+        """
+        if kwargs.get("state_dict") is None:
+            kwargs["state_dict"] = merged_state_dict(self)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             # transformers writes the name of this class, which the original code base doesn't have.
             self.config.architectures = list(self.hub_architectures)
             self.config.save_pretrained(save_directory)
+            restore_texts(Path(save_directory), self.texts, str(self.dtype).removeprefix("torch."))
 
     def _init_weights(self, module: nn.Module) -> None:
         std = self.init_std

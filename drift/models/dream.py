@@ -225,8 +225,7 @@ class Dream(DiffusionLM):
         table = rotary_table(position_ids, head_width, self.config.rope_theta)
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         x = self.get_input_embeddings()(input_ids)
-        for block in self.blocks:
-            x = block(x, table, key_mask, cache)
+        x = self.run_blocks(x, table, key_mask, cache)
         raw = self.model["norm"](x)
         return shifted(raw, position_ids, None if cache is None else cache.state_before(raw))
 

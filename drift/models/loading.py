@@ -11,15 +11,15 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from drift.contract import ConfigError
 from drift.models.base import DiffusionLM
 from drift.models.dream import Dream
 from drift.models.inspection import require_weights, unsupported_type
 from drift.models.llada import LLaDA
+from drift.models.weights import INDEX, WHOLE, default_dtype, read_weights, weight_files
+from drift.models.writing import read_texts
 
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDA, "Dream": Dream}
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -96,47 +96,65 @@ def load_policy(
         ConfigError: where folder, configuration or weights are missing, damaged or of another shape.
     """
     folder = resolve_folder(path, key)
-    family: Any = FAMILIES[read_config(folder, key)["model_type"]]
-    config = family.config_class.from_pretrained(folder)
-    config.require_supported()
     if random_init:
-        policy = family(config).train()
-        # In place; transformers' own `to` is wrapped beyond the type checker's sight.
-        nn.Module.to(policy, dtype)
-        return policy
-    require_weights(folder, config.model_type, key)
-    transformers_logging.disable_progress_bar()
+        family, config = _family(folder, key)
+        with default_dtype(dtype):
+            policy = family(config)
+        policy.texts = read_texts(folder)
+        return policy.train()
+    policy = policy_skeleton(folder, key)
+    policy.texts = read_texts(folder)
+    require_weights(folder, policy.config.model_type, key)
     try:
-        policy, report = family.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        files = weight_files(folder)
+        report = read_weights(policy, files, dtype) if files else None
     except (
         SafetensorError,
         OSError,
         ValueError,
         KeyError,
+        AttributeError,
         TypeError,
-    ) as error:  # a bad index raises the last
+    ) as error:  # a bad index raises the last three
         raise ConfigError(
             f"{key} is {str(folder)!r}: its safetensors cannot be read ({type(error).__name__}: {error}); a "
             "file, or the index of the shards, is damaged or cut short: copy or download it again"
         ) from error
+    if report is None:
+        found = sorted(p.name for p in folder.iterdir())
+        raise ConfigError(
+            f"{key} is {str(folder)!r}: it has no *.safetensors weights ({WHOLE}, or shards and {INDEX}), "
+            f"only {found}"
+        )
     _require_complete(folder, report, key)
     return policy.train()
 
 
+def policy_skeleton(path: str | Path, key: str = "model.policy") -> DiffusionLM:
+    """The policy of a Hugging Face folder without weights: its parameters are on the meta device.
+
+    Args:
+        path: what `resolve_folder` takes.
+        key: the setting that the path comes from, for error messages.
+    """
+    family, config = _family(resolve_folder(path, key), key)
+    with torch.device("meta"):
+        return family(config)
+
+
+def _family(folder: Path, key: str) -> tuple[Any, Any]:
+    family: Any = FAMILIES[read_config(folder, key)["model_type"]]
+    config = family.config_class.from_pretrained(folder)
+    config.require_supported()
+    return family, config
+
+
 def _require_complete(folder: Path, report: dict[str, Any], key: str) -> None:
-    """Raises ConfigError where weights were missing, unknown or of another shape: transformers only warns."""
+    """Raises ConfigError where weights are missing, unknown or of another shape."""
     faults = {
-        "missing": sorted(report["missing_keys"]),
-        "not part of the model": sorted(report["unexpected_keys"]),
-        "of another shape (tensor, file, model)": sorted(report["mismatched_keys"]),
+        "missing": sorted(report["missing"]),
+        "not part of the model": sorted(report["unexpected"]),
+        "of another shape (tensor, file, model)": sorted(report["mismatched"]),
     }
     found = [f"{len(names)} tensors {what}, such as {names[:3]}" for what, names in faults.items() if names]
     if found:

@@ -94,6 +94,20 @@ def companions(source: Path, tokenizer: Path | None = None) -> dict[str, Path]:
     return ours | theirs
 
 
+def read_texts(folder: Path) -> dict[str, str]:
+    """The configurations of a folder that weights are saved with, by file name."""
+    names = ("config.json", "generation_config.json")
+    return {name: (folder / name).read_text(encoding="utf-8") for name in names if (folder / name).is_file()}
+
+
+def restore_texts(folder: Path, texts: Mapping[str, str], dtype: str) -> None:
+    """Writes configurations as `read_texts` gave them, but for the dtype that the weights have now."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if texts:
+        _set_dtype(folder / "config.json", dtype)
+
+
 def require_exportable(folder: Path, source: Path | None = None) -> None:
     """Raises ConfigError where a folder to write holds what is no policy, or is the source itself."""
     if source is not None and folder.resolve() == source.resolve():
@@ -153,6 +167,8 @@ def _set_dtype(file: Path, dtype: str) -> None:
     config = json.loads(file.read_text(encoding="utf-8"))
     # The key that the file has: older code bases read torch_dtype, newer ones dtype.
     key = "dtype" if "dtype" in config and "torch_dtype" not in config else "torch_dtype"
+    if config.get(key) == dtype:
+        return  # not a byte is changed
     file.write_text(json.dumps(config | {key: dtype}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -101,9 +101,7 @@ def test_what_would_be_lost_is_refused(source: Path, tmp_path: Path):
     (thesis / "model.safetensors").write_text("")
     require_exportable(thesis)
     (thesis / "thesis.tex").write_text("years of work")
-    with pytest.raises(
-        ConfigError, match=r"holds \['thesis.tex'\], which would be lost; name a new"
-    ):
+    with pytest.raises(ConfigError, match=r"holds \['thesis.tex'\], which would be lost; name a new"):
         write_folder(state, source, thesis)
     assert (thesis / "thesis.tex").read_text() == "years of work"
     code = tmp_path / "code"
