@@ -7,6 +7,7 @@ from torch import nn
 
 from drift.checkpoints import (
     CheckedCheckpointIO,
+    require_adapters_of,
     require_checkpoint_file,
     require_resumable,
     require_weights_of,
@@ -77,3 +78,28 @@ def test_training_goes_on_only_where_something_is_left_to_do():
         require_resumable(whole, 3)
     with pytest.raises(ConfigError, match="weights but no optimizer"):
         require_resumable({"optimizer_states": [], "global_step": 3}, 4)
+
+
+def test_an_optimizer_of_another_kind_is_refused():
+    def written(*names: str) -> dict:
+        state = {0: dict.fromkeys(names, torch.zeros(1))} if names else {}
+        return {"optimizer_states": [{"state": state}], "global_step": 3}
+
+    for good, masters in ((("exp_avg",), False), (("exp_avg", "master"), True), ((), True), ((), False)):
+        require_resumable(written(*good), 4, masters)
+    with pytest.raises(ConfigError, match="master_weights is True: the checkpoint was written with False;"):
+        require_resumable(written("exp_avg"), 4, True)
+    with pytest.raises(ConfigError, match="master_weights is False: the checkpoint was written with True;"):
+        require_resumable(written("exp_avg", "master"), 4, False)
+
+
+def test_adapters_of_another_kind_are_refused():
+    settings = {"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}
+    require_adapters_of(None, None)
+    require_adapters_of(dict(settings), settings)
+    with pytest.raises(ConfigError, match=r"ckpt_path: it holds a whole policy .*; set model\.lora to null"):
+        require_adapters_of(None, settings)
+    with pytest.raises(ConfigError, match=r"it holds adapters alone, .*; set model\.lora to .*'rank'"):
+        require_adapters_of(settings, None)
+    with pytest.raises(ConfigError, match=r"made with model\.lora .*'rank': 3.* is .*'rank': 2.*to the same"):
+        require_adapters_of(settings | {"rank": 3}, settings)

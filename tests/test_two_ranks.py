@@ -17,6 +17,7 @@ from lightning import Trainer, seed_everything
 from drift.callbacks import RolloutCallback
 from drift.data import PromptDataModule
 from drift.losses import LossConfig
+from drift.models import LoRAConfig
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig
 from drift.rollout import DenoiseConfig
@@ -33,6 +34,9 @@ module = RLDFModule(
     optimizer=OptimizerConfig(lr=1e-4),
     train_groups=settings["train_groups"],
     micro_batch_size=settings["micro_batch_size"],
+    num_updates=settings["num_updates"],
+    lora=LoRAConfig(rank=4, alpha=8, targets=settings["lora"]) if settings["lora"] else None,
+    activation_checkpointing=bool(settings["lora"]),
 )
 data = PromptDataModule(SudokuTask(), prompts_per_step=4, num_validation=settings["num_validation"])
 decode = DenoiseConfig(block_length=16, temperature=1.0)
@@ -82,11 +86,25 @@ def trained(path: Path, **settings: object) -> dict[str, dict]:
             "train_groups": 1,
             "num_validation": 1,
         },
+        # Adapters on few of the layers, recomputed blocks, and the KL to the policy without adapters.
+        {
+            "beta": 0.04,
+            "normalisation": "token",
+            "full": False,
+            "micro_batch_size": 5,
+            "num_updates": 2,
+            "lora": ["q_proj", "ff_out"],
+        },
     ],
-    ids=["token, full, small micro-batches", "sample, weighted, with KL", "one group, one puzzle"],
+    ids=[
+        "token, full, small micro-batches",
+        "sample, weighted, with KL",
+        "one group, one puzzle",
+        "adapters",
+    ],
 )
 def test_two_processes_do_what_one_does(tmp_path, settings):
-    settings = {"train_groups": None, "num_validation": 5} | settings
+    settings = {"train_groups": None, "num_validation": 5, "num_updates": 1, "lora": None} | settings
     one = trained(tmp_path / "one.pt", devices=1, **settings)
     two = trained(tmp_path / "two.pt", devices=2, **settings)
     assert one["metrics"].keys() == two["metrics"].keys()

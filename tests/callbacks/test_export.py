@@ -1,10 +1,11 @@
+import shutil
 from pathlib import Path
 
 import torch
 
 from drift.callbacks import ExportCallback, RolloutCallback
 from drift.data import PromptDataModule
-from drift.models import load_policy, load_tokenizer
+from drift.models import LoRAConfig, load_policy, load_tokenizer, merged_state_dict
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig
 from drift.rollout import DenoiseConfig
@@ -12,8 +13,11 @@ from drift.rollout import DenoiseConfig
 DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
 
 
-def train(folder: Path, task, make_trainer, export: ExportCallback, dtype: str = "float32") -> RLDFModule:
-    module = RLDFModule(str(folder), optimizer=OptimizerConfig(lr=1e-3), dtype=dtype)
+def train(
+    folder: Path, task, make_trainer, export: ExportCallback, dtype: str = "float32", **settings
+) -> RLDFModule:
+    settings = {"optimizer": OptimizerConfig(lr=1e-3)} | settings
+    module = RLDFModule(str(folder), dtype=dtype, **settings)
     rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
     trainer = make_trainer(2, callbacks=[rollout, export])
     trainer.fit(module, datamodule=PromptDataModule(task, prompts_per_step=2))
@@ -50,3 +54,32 @@ def test_nothing_is_written_where_no_folder_is_named(tiny_folder, spread_task, m
     before = set(tmp_path.rglob("*"))
     train(tiny_folder, spread_task, make_trainer, ExportCallback())
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_adapters_are_merged_and_the_folder_is_a_policys(
+    tiny_folder, spread_task, make_trainer, tmp_path: Path
+):
+    module = train(
+        *(tiny_folder, spread_task, make_trainer, ExportCallback(str(tmp_path / "p"))),
+        lora=LoRAConfig(rank=4, alpha=4),
+        optimizer=OptimizerConfig(lr=1e-2),
+    )
+    assert {file.name for file in (tmp_path / "p").iterdir()} == {file.name for file in tiny_folder.iterdir()}
+    start, again = load_policy(tiny_folder), load_policy(tmp_path / "p")
+    assert again.state_dict().keys() == start.state_dict().keys()
+    ids = torch.arange(2, 40)[None]
+    with torch.no_grad():
+        found, expected = again.logits(ids), module.policy.logits(ids)
+        assert (start.logits(ids) - expected).abs().max() > 1e-2
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * largest)
+
+
+def test_a_folder_may_be_written_over_by_what_was_trained_on_it(
+    tiny_folder, spread_task, make_trainer, tmp_path: Path
+):
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "p"))
+    module = train(folder, spread_task, make_trainer, ExportCallback(str(folder)), lora=LoRAConfig(rank=2))
+    again = load_policy(folder).state_dict()
+    merged = merged_state_dict(module.policy)
+    assert all(torch.equal(value, merged[name]) for name, value in again.items())
