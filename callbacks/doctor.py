@@ -32,7 +32,7 @@ class DoctorCallback(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Examines the policy before `drift validate`."""
-        if not trainer.state.fn == "fit":
+        if trainer.state.fn != "fit":
             self._examine(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,8 +54,8 @@ class DoctorCallback(Callback):
         failed = failures(checks)
         if failed:
             raise ConfigError(
-                f"model.policy is {str(module.policy_folder)!r}: {failed} (drift doctor --path FOLDER shows all "
-                "checks; doctor.enabled: false skips them)"
+                f"model.policy is {str(module.policy_folder)!r}: {failed} (drift doctor --path FOLDER shows "
+                "all checks; doctor.enabled: false skips them)"
             )
         unsure = [check.name for check in checks if check.status == "unsure"]
         text = f"doctor: {len(checks) - len(unsure)} checks passed in {seconds:.1f} s"
