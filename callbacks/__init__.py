@@ -6,6 +6,7 @@ from drift.callbacks.export import ExportCallback
 from drift.callbacks.feedback import FeedbackCallback
 from drift.callbacks.predictions import PredictionCallback
 from drift.callbacks.progress import ProgressCallback
+from drift.callbacks.prompt import PromptCallback
 from drift.callbacks.rescue import RescueCallback
 from drift.callbacks.rollout import RolloutCallback
 from drift.callbacks.samples import SampleTableCallback
@@ -18,6 +19,7 @@ __all__ = [
     "FeedbackCallback",
     "PredictionCallback",
     "ProgressCallback",
+    "PromptCallback",
     "RescueCallback",
     "RolloutCallback",
     "SampleTableCallback",

@@ -49,7 +49,7 @@ class PredictionCallback(Callback):
         assert rollout.rewards is not None
         assert rollout.num_timesteps is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        texts = data.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
+        texts = data.template.answers(rollout.completion_ids, batch.problems)
         rewards, timesteps = rollout.rewards.sum(dim=1).tolist(), rollout.num_timesteps.tolist()
         with self._file(trainer).open("a", encoding="utf-8") as file:
             for i, (problem, position) in enumerate(

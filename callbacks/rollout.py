@@ -99,9 +99,9 @@ class RolloutCallback(Callback):
             )
         generated = time.perf_counter()
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        texts = data.tokenizer.batch_decode(rollout.completion_ids, skip_special_tokens=True)
         problems = [problem for problem in batch.problems for _ in range(group_size)]
-        rewards = score(data.task.reward, texts, problems).to(rollout.completion_ids.device)
+        answers = data.template.answers(rollout.completion_ids, problems)
+        rewards = score(data.task.reward, answers, problems).to(rollout.completion_ids.device)
         rollout.rewards, rollout.correct = rewards[:, None], rewards >= 1
         self.seconds = {
             "rollout/seconds": generated - start,

@@ -60,14 +60,16 @@ class SampleTableCallback(Callback):
         assert rollout.num_timesteps is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         group_size = len(rollout.completion_ids) // len(batch.problems)
-        texts = data.tokenizer.batch_decode(rollout.completion_ids[: self.num], skip_special_tokens=True)
+        shown = rollout.completion_ids[: self.num]
+        problems = [batch.problems[i // group_size] for i in range(len(shown))]
+        texts = data.template.answers(shown, problems)
         rewards, timesteps = (
             rollout.rewards[: self.num].sum(dim=1).tolist(),
             rollout.num_timesteps[: self.num].tolist(),
         )
         return [
-            (f"{rewards[i]:.2f}", str(timesteps[i]), batch.problems[i // group_size].prompt, text)
-            for i, text in enumerate(texts)
+            (f"{rewards[i]:.2f}", str(timesteps[i]), problem.prompt, text)
+            for i, (problem, text) in enumerate(zip(problems, texts, strict=True))
         ]
 
 

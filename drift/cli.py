@@ -26,6 +26,7 @@ from drift.callbacks import (
     FeedbackCallback,
     PredictionCallback,
     ProgressCallback,
+    PromptCallback,
     RescueCallback,
     RolloutCallback,
     SampleTableCallback,
@@ -40,6 +41,7 @@ from drift.policy_module import PolicyModule
 from drift.sft import SFTModule
 
 _CALLBACKS = {
+    "prompt": PromptCallback,
     "rollout": RolloutCallback,
     "feedback": FeedbackCallback,
     "progress": ProgressCallback,

@@ -54,6 +54,7 @@ class Problem:
     prompt: str  # the question as text, before the chat template
     answer: str  # ground truth, in the form the task's reward expects
     demonstration: str | None = None  # a worked completion, for supervised fine-tuning
+    answer_prefix: str = ""  # what the answer starts with; the policy goes on from there
     row: Mapping[str, Any] = field(default_factory=dict)  # the dataset row it was made from
 
 

@@ -12,7 +12,7 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from drift.contract import ConfigError, PromptBatch
+from drift.contract import ConfigError, Problem, PromptBatch
 from drift.data.sources import Source, load_rows
 from drift.data.stream import (
     EvaluationPrompts,
@@ -36,7 +36,7 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         task: what a problem is, and which reward judges it.
-        tokenizer: folder with a tokenizer.json, a shipped policy's name or a hub id; None: the policy's own.
+        tokenizer: folder with a tokenizer, a shipped policy's name or a hub id; None: the policy's own.
         train: where training rows come from; None: the task makes them.
         validation: where validation rows come from; None: the task makes `num_validation` of them, and one
             that cannot is trained without validation.
@@ -48,6 +48,8 @@ class PromptDataModule(LightningDataModule):
         max_prompt_length: longest prompt, tokens.
         long_prompts: what to do about longer ones: `error` stops before training, `drop` leaves them out.
         system_prompt: put before every prompt.
+        chat_template: `auto`: the tokenizer's, or else that of the policy's family where the tokenizer has
+            its special tokens, or else the bare text; `none`: the bare text; or a .jinja file, or its text.
         demonstration_length: also give demonstrations, padded to this many tokens; fine-tuning only.
         shuffle: False keeps the order of the training rows.
         seed: of the shuffling.
@@ -70,6 +72,7 @@ class PromptDataModule(LightningDataModule):
         max_prompt_length: int = 1024,
         long_prompts: LongPrompts = "error",
         system_prompt: str | None = None,
+        chat_template: str = "auto",
         demonstration_length: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
@@ -99,10 +102,13 @@ class PromptDataModule(LightningDataModule):
         self.max_prompt_length = max_prompt_length
         self.long_prompts = long_prompts
         self.system_prompt = system_prompt
+        self.chat_template = chat_template
         self.demonstration_length = demonstration_length
         self.shuffle = shuffle
         self.seed = seed
         self.template: PromptTemplate
+        self.example: Problem | None = None  # the first of the stage's prompts, to be shown
+        self._first: Mapping[str, Any] | None = None
         self._train: Rows | None = None
         self._evaluation: dict[str, Sequence[Mapping[str, Any]]] = {}
 
@@ -120,8 +126,18 @@ class PromptDataModule(LightningDataModule):
                 f"data.tokenizer is {str(path)!r}: it has no padding token; add pad_token to its files"
             )
         module = None if self.trainer is None else self.trainer.lightning_module
-        mask_token_id = getattr(module, "policy_config", {}).get("mask_token_id")
-        self.template = PromptTemplate(tokenizer, self.system_prompt, self.max_prompt_length, mask_token_id)
+        policy_config = getattr(module, "policy_config", {})
+        self.template = PromptTemplate(
+            tokenizer,
+            self.system_prompt,
+            self.max_prompt_length,
+            policy_config.get("mask_token_id"),
+            self.chat_template,
+            policy_config.get("model_type"),
+        )
+        if self.template.chat is not None and (self.chat_template != "auto" or not tokenizer.chat_template):
+            # What is exported must be prompted as it was trained.
+            tokenizer.chat_template = self.template.chat.text
         train_groups = getattr(module, "train_groups", None)
         if stage == "fit" and train_groups is not None and train_groups > self.prompts_per_step:
             raise ConfigError(
@@ -132,8 +148,12 @@ class PromptDataModule(LightningDataModule):
             if self.trainer is not None and self.trainer.max_steps < 0:
                 raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
             self._train = self._training_rows()
+            first = self._first or next(self._train.starting_at(0))
+            self.example = self.task.problem(first)
         for split in {"fit": ("validation",), "validate": ("validation",)}.get(stage, ("test",)):
-            self._evaluation[split] = self._evaluation_rows(split, needed=stage != "fit")
+            rows = self._evaluation[split] = self._evaluation_rows(split, needed=stage != "fit")
+            if stage != "fit":
+                self.example = self.task.problem(rows[0])
 
     def train_dataloader(self) -> Iterable[PromptBatch]:
         """The stream, from the step that training is at."""
@@ -182,6 +202,8 @@ class PromptDataModule(LightningDataModule):
         if isinstance(rows, StreamingDataset):
             if self.long_prompts == "drop":
                 rows = rows.filter(self._is_short)
+            # Before they are shuffled: that reads thousands of them.
+            self._first = next(iter(rows), None)
             return StreamedRows(rows.shuffle(seed=self.seed, buffer_size=10_000) if self.shuffle else rows)
         checked = self._checked(rows, f"data.train ({source.path}) row", self.demonstration_length)
         return ShuffledRows(checked, self.seed, self.shuffle)

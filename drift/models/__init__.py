@@ -13,14 +13,13 @@ from drift.models.dream import Dream, DreamConfig
 from drift.models.llada import LLaDA, LLaDAConfig
 from drift.models.loading import (
     load_policy,
-    load_tokenizer,
     policy_skeleton,
     read_config,
-    require_matching_tokenizer,
     require_reference,
     resolve_folder,
 )
 from drift.models.snapshot import trainable_weights, weights_of
+from drift.models.tokenizers import load_tokenizer, require_matching_tokenizer
 
 __all__ = [
     "DiffusionLM",

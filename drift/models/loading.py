@@ -1,4 +1,4 @@
-"""Policies and tokenizers from Hugging Face folders; nothing is unpickled and no hub code is loaded."""
+"""Policies from Hugging Face folders; nothing is unpickled and no hub code is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerFast
 
 from drift.contract import ConfigError
 from drift.models.base import DiffusionLM
@@ -161,65 +160,6 @@ def _require_complete(folder: Path, report: dict[str, Any], key: str) -> None:
         raise ConfigError(
             f"{key} is {str(folder)!r}: its weights do not fit its config.json: {'; '.join(found)}; "
             "config.json and the safetensors must come from the same checkpoint"
-        )
-
-
-def load_tokenizer(path: str | Path, key: str = "data.tokenizer") -> PreTrainedTokenizerFast:
-    """The tokenizer stored in a Hugging Face folder as tokenizer.json.
-
-    Args:
-        path: what `resolve_folder` takes.
-        key: the setting that the path comes from, for error messages.
-
-    Raises:
-        ConfigError: where there is no tokenizer.json, or it is damaged.
-    """
-    folder = resolve_folder(path, key)
-    if not (folder / "tokenizer.json").is_file():
-        found = sorted(p.name for p in folder.iterdir())
-        raise ConfigError(
-            f"{key} is {str(folder)!r}: it has no tokenizer.json, only {found}; "
-            f"set {key} to a folder with one"
-        )
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the Rust tokenizer raises bare Exception on a damaged file
-        raise ConfigError(f"{key} is {str(folder)!r}: its tokenizer files cannot be read: {error}") from error
-
-
-def require_matching_tokenizer(policy_config: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
-    """Raises ConfigError where tokenizer and policy disagree on mask token, padding or vocabulary."""
-    mask_id, pad_id = policy_config.get("mask_token_id"), policy_config.get("pad_token_id")
-    name = tokenizer.name_or_path
-    for key, token_id in (("mask_token_id", mask_id), ("pad_token_id", pad_id)):
-        if not isinstance(token_id, int) or token_id < 0:
-            raise ConfigError(f"the policy's config.json has {key}: {token_id!r}; it must be a token id")
-        if token_id >= len(tokenizer) or tokenizer.convert_ids_to_tokens(token_id) is None:
-            raise ConfigError(
-                f"data.tokenizer is {name!r}: it has no token for the policy's {key} {token_id} "
-                f"({len(tokenizer)} tokens); use the tokenizer that the policy was trained with"
-            )
-    if mask_id == pad_id:
-        raise ConfigError(
-            f"the policy's config.json has mask_token_id and pad_token_id both {mask_id}; they must differ"
-        )
-    if tokenizer.mask_token_id not in (None, mask_id):
-        raise ConfigError(
-            f"data.tokenizer is {name!r}: its mask token {tokenizer.mask_token!r} has id "
-            f"{tokenizer.mask_token_id}, the policy's mask_token_id is {mask_id}; "
-            "use the tokenizer that the policy was trained with"
-        )
-    if tokenizer.pad_token_id != pad_id:
-        raise ConfigError(
-            f"data.tokenizer is {name!r}: its padding token {tokenizer.pad_token!r} has id "
-            f"{tokenizer.pad_token_id}, the policy's pad_token_id is {pad_id}; "
-            "use the tokenizer that the policy was trained with"
-        )
-    rows = policy_config.get("embedding_size") or policy_config.get("vocab_size") or 0
-    if len(tokenizer) > rows:
-        raise ConfigError(
-            f"data.tokenizer is {name!r}: it has {len(tokenizer)} tokens, the policy only {rows}; "
-            "use the tokenizer that the policy was trained with"
         )
 
 
