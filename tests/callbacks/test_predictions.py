@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,3 +51,25 @@ def test_each_rank_writes_a_file_of_its_own(tmp_path: Path):
         predictions.setup(trainer, None, "predict")
         predictions.on_predict_start(trainer, None)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["predictions.1.jsonl", "predictions.jsonl"]
+
+
+def test_rewards_and_answers_see_the_answer_prefix(
+    tiny_folder, spread_task, make_trainer, tmp_path: Path, monkeypatch
+):
+    real = type(spread_task).problem
+    monkeypatch.setattr(
+        type(spread_task), "problem", lambda self, row: replace(real(self, row), answer_prefix="is: ")
+    )
+    batches = predict(
+        tiny_folder, spread_task, make_trainer, PredictionCallback(str(tmp_path / "answers.jsonl"))
+    )
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    tokenizer = load_tokenizer(tiny_folder)
+    rows = [(batch, i) for batch in batches for i in range(len(batch.problems))]
+    for line, (batch, i) in zip(lines, rows, strict=True):
+        assert tokenizer.decode(batch.prompt_ids[i]) == f"{batch.problems[i].prompt}\nis: "
+        completion = tokenizer.decode(batch.rollout.completion_ids[i], skip_special_tokens=True)
+        assert line["completion"] == f"is: {completion}"
+        assert line["reward"] == pytest.approx(
+            spread_task.reward.score(f"is: {completion}", batch.problems[i])
+        )

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from drift.callbacks import SampleTableCallback
 from drift.contract import ConfigError, Problem, PromptBatch, Rollout
+from drift.data import PromptTemplate
 from drift.models.characters import character_tokenizer
 
 
@@ -29,7 +30,7 @@ class Board(TensorBoardLogger):
         return SimpleNamespace(add_text=lambda *args: self.texts.append(args))
 
 
-def batch(*completions: str, group_size: int = 2) -> PromptBatch:
+def batch(*completions: str, group_size: int = 2, prefix: str = "") -> PromptBatch:
     tokenizer = character_tokenizer()
     ids = torch.tensor([tokenizer(text.ljust(80))["input_ids"] for text in completions])
     num = len(completions)
@@ -42,7 +43,9 @@ def batch(*completions: str, group_size: int = 2) -> PromptBatch:
         rewards=torch.arange(num)[:, None] / 4,
         num_timesteps=torch.arange(num) + 3,
     )
-    problems = [Problem(prompt=f"p|{n}\nq", answer="") for n in range(num // group_size)]
+    problems = [
+        Problem(prompt=f"p|{n}\nq", answer="", answer_prefix=prefix) for n in range(num // group_size)
+    ]
     return PromptBatch(
         prompt_ids=ids,
         prompt_mask=ids > 0,
@@ -58,7 +61,7 @@ def trainer(step: int, is_global_zero: bool = True) -> SimpleNamespace:
         is_global_zero=is_global_zero,
         progress_bar_callback=Bar(),
         loggers=[Board()],
-        datamodule=SimpleNamespace(tokenizer=character_tokenizer()),
+        datamodule=SimpleNamespace(template=PromptTemplate(character_tokenizer(), None, 64)),
     )
 
 
@@ -83,6 +86,13 @@ def test_prints_and_logs_the_first_completions():
     assert len(table.splitlines()) == 5
     # A bar or a line break inside a cell would break the table.
     assert re.fullmatch(r"\| 0\.25 \| 4 \| p\\\|0<br>q \| b\\\|b *\|", table.splitlines()[3])
+
+
+def test_an_answer_starts_with_its_prefix():
+    at = trainer(10)
+    show(at, batch("aa", "bb", "cc", "dd", prefix="is: "), num=3)
+    lines = at.progress_bar_callback.text[0].splitlines()[1:]
+    assert [line.split("=>")[1].strip() for line in lines] == ["is: aa", "is: bb", "is: cc"]
 
 
 def test_long_texts_are_shortened_on_the_screen_only():

@@ -334,3 +334,69 @@ def test_batches_reach_training_as_they_left_the_stream(tiny_folder: Path, make_
     make_trainer(3, callbacks=[rollout]).fit(RLDFModule(str(tiny_folder)), datamodule=prompts)
     assert [batch.positions.tolist() for batch in seen] == [[0, 1], [2, 3], [4, 5]]
     assert all(torch.equal(batch.rollout.prompt_ids[::2], batch.prompt_ids) for batch in seen)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_example_is_the_first_prompt_of_the_stage(tiny_folder: Path, write, shuffle: bool):
+    settings = {"train": write(FIVE), "validation": write(FIVE[2:]), "test": write(FIVE[3:])}
+    prompts = data(tiny_folder, **settings, prompts_per_step=2, shuffle=shuffle)
+    ((first, _),) = training_prompts(prompts, 1)
+    assert prompts.example.prompt == first
+    for stage, expected in (("validate", "three"), ("test", "four"), ("predict", "four")):
+        prompts.setup(stage)
+        assert prompts.example.prompt == expected
+    prompts = PromptDataModule(SudokuTask(), tokenizer=str(tiny_folder), prompts_per_step=2)
+    ((first, _),) = training_prompts(prompts, 1)
+    assert prompts.example.prompt == first
+
+
+def test_the_example_of_a_streaming_dataset_is_its_first_usable_row(tiny_folder: Path, write, monkeypatch):
+    rows = [*questions("x" * 30), *FIVE]
+    source = write(rows, streaming=True)
+    prompts = data(tiny_folder, train=source, long_prompts="drop", max_prompt_length=10, prompts_per_step=2)
+    # Reading on to shuffle would take thousands of rows.
+    monkeypatch.setattr(module_under_test.StreamedRows, "starting_at", None)
+    prompts.trainer = Trainer()
+    prompts.setup("fit")
+    assert prompts.example.prompt == "one"
+
+
+CHATML = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}[assistant]"
+
+
+def chat_folder(folder: Path, special: list[str], chat_template: str | None = None) -> Path:
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["Dream", "llada", None])
+@pytest.mark.parametrize("own", [CHATML, None])
+@pytest.mark.parametrize("setting", ["auto", "none", CHATML.replace("[", "<")])
+def test_the_chat_template_that_prompts_is_the_one_that_is_exported(
+    tmp_path: Path, write, family: str | None, own: str | None, setting: str
+):
+    folder = chat_folder(tmp_path / "tokenizer", ["<|im_start|>", "<|im_end|>"], own)
+    prompts = data(folder, train=write(FIVE), shuffle=False, chat_template=setting)
+    prompts.trainer = Trainer()
+    prompts.trainer.lightning_module.policy_config = {"model_type": family, "mask_token_id": 1}
+    prompts.setup("fit")
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    dream = f"{system}<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
+    automatic = "[user]one[assistant]" if own else dream if family == "Dream" else "one"
+    expected = {"auto": automatic, "none": "one"}.get(setting, "<user]one<assistant]")
+    assert prompts.template.render(prompts.example) == expected
+    if expected != "one":
+        turns = [{"role": "user", "content": "one"}]
+        exported = prompts.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert exported == expected
+
+
+def test_a_bad_chat_template_stops_before_rows_are_read(tiny_folder: Path, tmp_path: Path):
+    (tmp_path / "mine.jinja").write_text("{% for turn in messages %}")
+    prompts = data(tiny_folder, train=Source(path="absent.json"), chat_template=str(tmp_path / "mine.jinja"))
+    prompts.trainer = Trainer()
+    with pytest.raises(ConfigError, match=r"data\.chat_template is .*mine\.jinja'.*TemplateSyntaxError"):
+        prompts.setup("fit")

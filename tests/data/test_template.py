@@ -1,4 +1,8 @@
 import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from drift.contract import ConfigError, Problem
 from drift.data import PromptTemplate
@@ -10,8 +14,8 @@ CHAT = (
 )
 
 
-def problem(prompt: str = "2+2?", demonstration: str | None = None) -> Problem:
-    return Problem(prompt=prompt, answer="4", demonstration=demonstration)
+def problem(prompt: str = "2+2?", demonstration: str | None = None, prefix: str = "") -> Problem:
+    return Problem(prompt=prompt, answer="4", demonstration=demonstration, answer_prefix=prefix)
 
 
 def template(chat: bool = False, system_prompt: str | None = None, max_length: int = 64) -> PromptTemplate:
@@ -36,6 +40,67 @@ def test_rendered_text(chat: bool, system_prompt: str | None, expected: str):
     ids = rendering.encode(problem(), "row 3")
     assert rendering.tokenizer.decode(ids) == expected
     assert len(ids) == len(expected) == rendering.num_tokens(problem())
+
+
+@pytest.mark.parametrize(
+    ("chat", "system_prompt", "expected"),
+    [
+        (False, None, "2+2?\nIt is "),
+        (False, "Be brief.", "Be brief.\n2+2?\nIt is "),
+        (True, None, "<user>2+2?</user><assistant>It is "),
+        (True, "Be brief.", "<system>Be brief.</system><user>2+2?</user><assistant>It is "),
+    ],
+)
+def test_the_answer_prefix_ends_the_prompt(chat: bool, system_prompt: str | None, expected: str):
+    rendering, asked = template(chat, system_prompt), problem(prefix="It is ")
+    assert rendering.render(asked) == expected
+    ids = rendering.encode(asked, "row 3")
+    assert rendering.tokenizer.decode(ids) == expected
+    assert len(ids) == rendering.num_tokens(asked)
+
+
+def test_the_answer_prefix_counts_and_may_not_hold_the_mask_token():
+    with pytest.raises(ConfigError, match="has 11 tokens"):
+        template(max_length=10).encode(problem(prefix="It is "), "row 3")
+    with pytest.raises(ConfigError, match="holds the mask token"):
+        template().encode(problem(prefix=f"It is {MASK}"), "row 3")
+
+
+def test_an_answer_is_prefix_and_completion_without_special_tokens():
+    rendering = template()
+    ids = torch.tensor([rendering.tokenizer(text)["input_ids"] for text in ("four", "five")])
+    ids[1, 2:] = rendering.tokenizer.pad_token_id
+    problems = [problem(prefix="It is "), problem()]
+    assert rendering.answers(ids, problems) == ["It is four", "fi"]
+    with pytest.raises(ValueError, match=r"longer|shorter"):
+        rendering.answers(ids, problems[:1])
+
+
+def test_prompt_and_prefix_are_tokenised_as_one_text():
+    """A token may hold the end of the prompt and the start of the prefix, as in a text that was never cut."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE({"a": 0, "\n": 1, "b": 2, "\nb": 3}, [("\n", "b")]))
+    )
+    rendering = PromptTemplate(tokenizer, None, 64)
+    assert rendering.encode(problem("a", prefix="b"), "row 3") == [0, 3]
+
+
+def test_the_chat_template_is_that_of_the_setting():
+    tokenizer = character_tokenizer()
+    tokenizer.chat_template = CHAT
+    assert (
+        PromptTemplate(tokenizer, "Be brief.", 64, chat_template="none").render(problem())
+        == "Be brief.\n2+2?"
+    )
+    given = PromptTemplate(tokenizer, None, 64, chat_template="Q: {{ messages[0].content }}")
+    assert given.render(problem()) == "Q: 2+2?"
+
+
+def test_a_chat_template_without_a_system_turn_refuses_a_system_prompt():
+    text = "{% for turn in messages if turn.role == 'user' %}{{ turn.content }}{% endfor %}"
+    PromptTemplate(character_tokenizer(), None, 64, chat_template=text)
+    with pytest.raises(ConfigError, match=r"data\.system_prompt is 'Be brief\.': .*no system turn"):
+        PromptTemplate(character_tokenizer(), "Be brief.", 64, chat_template=text)
 
 
 def test_the_longest_prompt_fits_and_one_token_more_does_not():
@@ -81,3 +146,11 @@ def test_demonstrations_are_padded_to_their_length():
 def test_demonstrations_that_cannot_be_used(demonstration: str | None, message: str):
     with pytest.raises(ConfigError, match=message):
         template().encode_demonstration(problem(demonstration=demonstration), 4, "row 3")
+
+
+def test_a_demonstration_goes_on_from_the_answer_prefix():
+    rendering = template()
+    ids = rendering.encode_demonstration(problem(demonstration="four", prefix="It is "), 4, "row 3")
+    assert rendering.tokenizer.decode(ids) == "four"
+    with pytest.raises(ConfigError, match=r"^row 3: its demonstration repeats the answer prefix 'It is '"):
+        rendering.encode_demonstration(problem(demonstration="It is four", prefix="It is "), 20, "row 3")

@@ -6,26 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
 
 from drift.contract import ConfigError
 from drift.models import (
     LLaDA,
     load_policy,
-    load_tokenizer,
     read_config,
-    require_matching_tokenizer,
     require_reference,
     resolve_folder,
 )
-from drift.models.characters import character_tokenizer
 
 
 @pytest.fixture(scope="module")
 def saved(make_policy: Callable[..., LLaDA], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     make_policy(vocab_size=128, mask_token_id=127, pad_token_id=126).save_pretrained(folder)
-    character_tokenizer(128, 126, 127).save_pretrained(folder)
     return folder
 
 
@@ -43,9 +38,7 @@ def refused(call: Callable[[], object], *words: object) -> None:
 
 
 def test_a_good_folder_loads(folder: Path):
-    policy, tokenizer = load_policy(folder), load_tokenizer(folder)
-    assert policy.training
-    require_matching_tokenizer(policy.config.to_dict(), tokenizer)
+    assert load_policy(folder).training
 
 
 def test_a_policy_that_comes_with_drift_is_found_by_its_name():
@@ -61,7 +54,6 @@ def test_a_missing_folder(tmp_path: Path):
         "no such folder; give the path",
         "sudoku_base",
     )
-    refused(lambda: load_tokenizer(path), "data.tokenizer is", str(path), "no such folder")
     refused(lambda: load_policy("no_such_name"), "'no_such_name'", "sudoku_base")
     refused(lambda: load_policy(path, key="sft.policy"), "sft.policy is")
 
@@ -157,78 +149,6 @@ def test_a_config_of_another_size(folder: Path):
 def test_a_config_of_another_type(folder: Path, key: str, value: object):
     change_config(folder, **{key: value})
     refused(lambda: load_policy(folder), "config.json", key, repr(value))
-
-
-def test_no_tokenizer(folder: Path):
-    (folder / "tokenizer.json").unlink()
-    refused(
-        lambda: load_tokenizer(folder),
-        "data.tokenizer",
-        str(folder),
-        "no tokenizer.json",
-        "config.json",
-        "set ",
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        *(("tokenizer.json", text) for text in ("{", "", "{}", '{"model": 3}', "[]")),
-        *(("tokenizer_config.json", text) for text in ("{", "")),
-    ],
-)
-def test_a_damaged_tokenizer(folder: Path, name: str, text: str):
-    (folder / name).write_text(text)
-    refused(
-        lambda: load_tokenizer(folder), "data.tokenizer", str(folder), "its tokenizer files cannot be read"
-    )
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        (
-            {"mask_token_id": 200},
-            ["no token for the policy's mask_token_id 200 (128 tokens)", "use the tokenizer"],
-        ),
-        (
-            {"pad_token_id": 128},
-            ["no token for the policy's pad_token_id 128 (128 tokens)", "use the tokenizer"],
-        ),
-        ({"mask_token_id": None}, ["config.json has mask_token_id: None", "must be a token id"]),
-        ({"pad_token_id": "x"}, ["config.json has pad_token_id: 'x'", "must be a token id"]),
-        ({"mask_token_id": -1}, ["mask_token_id", "-1"]),
-        ({"mask_token_id": 126}, ["mask_token_id and pad_token_id both 126", "must differ"]),
-        (
-            {"mask_token_id": 5},
-            ["mask token '<|mask|>' has id 127", "mask_token_id is 5", "use the tokenizer"],
-        ),
-        (
-            {"pad_token_id": 5},
-            ["padding token '<|endoftext|>' has id 126", "pad_token_id is 5", "use the tokenizer"],
-        ),
-        ({"vocab_size": 127}, ["it has 128 tokens, the policy only 127", "use the tokenizer"]),
-        ({"embedding_size": 127}, ["it has 128 tokens, the policy only 127", "use the tokenizer"]),
-    ],
-)
-def test_a_tokenizer_of_another_policy(folder: Path, config: dict, words: list[str]):
-    tokenizer = load_tokenizer(folder)
-    good = {"mask_token_id": 127, "pad_token_id": 126, "vocab_size": 128, "embedding_size": None}
-    require_matching_tokenizer(good, tokenizer)
-    key = "data.tokenizer is" if "use the tokenizer" in words else "config.json"
-    refused(lambda: require_matching_tokenizer(good | config, tokenizer), key, *words)
-
-
-def test_a_tokenizer_without_a_mask_token_is_judged_by_its_ids(folder: Path):
-    """The hub's tokenizers don't always declare the mask token; its id must still be one of theirs."""
-    declared = json.loads((folder / "tokenizer_config.json").read_text())
-    del declared["mask_token"]
-    (folder / "tokenizer_config.json").write_text(json.dumps(declared))
-    tokenizer: PreTrainedTokenizerFast = load_tokenizer(folder)
-    good = {"mask_token_id": 127, "pad_token_id": 126, "vocab_size": 128}
-    require_matching_tokenizer(good, tokenizer)
-    refused(lambda: require_matching_tokenizer(good | {"mask_token_id": 128}, tokenizer), "mask_token_id 128")
 
 
 def test_a_reference_of_other_tokens_is_refused(folder: Path, tmp_path: Path):
