@@ -4,6 +4,7 @@ from drift.callbacks.checkpoint import CheckpointCallback
 from drift.callbacks.collapse import CollapseCallback
 from drift.callbacks.export import ExportCallback
 from drift.callbacks.feedback import FeedbackCallback
+from drift.callbacks.mismatch import MismatchCallback
 from drift.callbacks.predictions import PredictionCallback
 from drift.callbacks.progress import ProgressCallback
 from drift.callbacks.prompt import PromptCallback
@@ -17,6 +18,7 @@ __all__ = [
     "CollapseCallback",
     "ExportCallback",
     "FeedbackCallback",
+    "MismatchCallback",
     "PredictionCallback",
     "ProgressCallback",
     "PromptCallback",

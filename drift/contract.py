@@ -81,6 +81,7 @@ class Rollout:
     completion_mask: Tensor  # [N,C] bool, True at valid tokens: neither padding nor mask
     step_map: Tensor  # [N,C] int64, the row's own timestep that committed the position; S where never decoded
     token_probs: Tensor | None = None  # [N,C] float32, probability of the token when it was committed
+    commit_probs: Tensor | None = None  # [N,C] float32, what token_probs was at the rollout; never refreshed
     num_timesteps: Tensor | None = None  # [N] int64, the row's timesteps that committed something: its S
     num_forwards: int = 0  # forward passes of the policy that the rollout took
     rewards: Tensor | None = None  # [N,R] float32, weighted reward parts; their sum is the training reward
@@ -108,6 +109,7 @@ class TimestepPlan:
     masked: Tensor  # [K,N,C] bool, positions re-masked in the noisy state, padding included
     current: Tensor  # [K,N,C] bool, positions committed at that very timestep
     weight: Tensor  # [K,N] float32, of the noisy state in the estimate; 0 where the row has no such timestep
+    replay: bool = False  # whether the policy saw these very states when it committed the current positions
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,6 +127,7 @@ class MaskedBatch:
     row: Tensor  # [M] int64 in [0,N), which rollout this is
     advantages: Tensor  # [M] float32
     num_slots: int  # K of the plan, counted up to the last draw that has a state
+    commit_logp: Tensor | None = None  # [M,C] float32 nats, the rollout's, at `current`; 0 elsewhere
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -135,7 +138,9 @@ class MaskedBatch:
         Args:
             states: [m] int64 state indices.
         """
-        picked = {f.name: getattr(self, f.name)[states] for f in fields(self) if f.name != "num_slots"}
+        picked = {
+            f.name: value[states] for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
         return replace(self, **picked)
 
 
@@ -154,6 +159,17 @@ class TokenLogProbs:
 
 
 @dataclass(kw_only=True, slots=True)
+class Mismatch:
+    """How far the update's probabilities are from the rollout's, over the tokens that states committed."""
+
+    num_tokens: Tensor  # [] int64, valid tokens committed at the states' own timesteps
+    kl: Tensor  # [] float32 nats, sum over them of the estimates of KL(rollout || update)
+    weight: Tensor  # [] float32, sum of their importance weights
+    num_capped: Tensor  # [] int64, tokens whose weight was cut to the cap
+    max_ratio: Tensor  # [] float32 >= 1, largest factor between the two probabilities of a token
+
+
+@dataclass(kw_only=True, slots=True)
 class LossOutput:
     """The loss of some noisy states; its sums over micro-batches and ranks are the whole batch's."""
 
@@ -161,3 +177,4 @@ class LossOutput:
     parts: dict[str, Tensor]  # name -> [] float32, reduced over the kept tokens exactly as the loss is
     num_kept: Tensor  # [] int64, tokens that the loss was made of
     num_scored: Tensor  # [] int64, masked valid tokens
+    mismatch: Mismatch | None = None  # None where the states come without the rollout's probabilities

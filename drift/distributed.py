@@ -48,6 +48,15 @@ def rows_over_ranks(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def highest_over_ranks(value: Tensor) -> Tensor:
+    """The element-wise largest of the ranks' tensors, on every rank; not differentiable."""
+    if world_size() == 1:
+        return value
+    highest = value.detach().clone()
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return highest
+
+
 def max_over_ranks(value: int, device: torch.device) -> int:
     """The largest of the ranks' whole numbers, on every rank.
 
@@ -55,11 +64,7 @@ def max_over_ranks(value: int, device: torch.device) -> int:
         value: this rank's number.
         device: where the ranks communicate.
     """
-    if world_size() == 1:
-        return value
-    found = torch.tensor(value, device=device)
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return int(found)
+    return value if world_size() == 1 else int(highest_over_ranks(torch.tensor(value, device=device)))
 
 
 def share_of_rank(num: int, key: str) -> range:

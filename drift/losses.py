@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from drift.contract import LossOutput, MaskedBatch, TokenLogProbs, require
+from drift.mismatch import importance_weights, measure_mismatch
 
 KL = Literal["k1", "k2", "k3"]
 Normalisation = Literal["token", "sample"]
@@ -30,6 +31,10 @@ class LossConfig:
         normalisation: rows without a gradient (no advantage, beta and entropy_coeff 0) are left out of all
             counts; `token` divides by the kept tokens of the whole batch, `sample` by those of
             each row, then by rows.
+        importance_cap: the policy-gradient term of a token committed at the noisy state's own timestep is
+            multiplied by min(update's probability / rollout's probability, importance_cap), both of the
+            weights that made the rollout, >= 1, such as 2.0: against cached or low-precision rollouts, whose
+            probabilities differ from those of the update. None: no weights.
 
     Raises:
         ConfigError: where a value is outside its range.
@@ -42,6 +47,7 @@ class LossConfig:
     eps_high: float = 0.2
     entropy_coeff: float = 0.0
     normalisation: Normalisation = "token"
+    importance_cap: float | None = None
 
     def __post_init__(self) -> None:
         require(self, 0 <= self.tau <= 1, "tau", "set it to a probability in [0, 1]")
@@ -61,6 +67,21 @@ class LossConfig:
             "normalisation",
             f"choose one of {list(get_args(Normalisation))}",
         )
+        require(
+            self,
+            self.importance_cap is None or (math.isfinite(self.importance_cap) and self.importance_cap >= 1),
+            "importance_cap",
+            "set it to a finite number of 1 or more, or null for no importance weights",
+        )
+
+    def part_names(self, num_updates: int) -> list[str]:
+        """The parts of the loss that say something with these settings.
+
+        Args:
+            num_updates: optimizer steps from each rollout.
+        """
+        names = ["policy"] + ["kl"] * (self.beta > 0) + ["entropy"] * (self.entropy_coeff != 0)
+        return names + ["ratio", "clip_fraction"] * (num_updates > 1)
 
 
 def kept_tokens(feedback: TokenLogProbs, batch: MaskedBatch, tau: float) -> Tensor:
@@ -115,9 +136,14 @@ def rldf_loss(
         num_rows: rows of the whole batch; None: these states are the whole batch.
 
     Returns:
-        loss, and the parts `policy`, `kl`, `entropy`, `ratio` and `clip_fraction` under the same reduction.
+        loss, and the parts `policy`, `kl`, `entropy`, `ratio` and `clip_fraction` under the same reduction;
+        the mismatch with the rollout, where its probabilities are known.
+
+    Raises:
+        ConfigError: where importance weights are asked for and the rollout's probabilities are unknown.
     """
-    kept = kept_tokens(old or policy, batch, config.tau)
+    proximal = old or policy
+    kept = kept_tokens(proximal, batch, config.tau)
     share = _token_share(kept, batch, config, num_kept, num_rows)
     # Only kept tokens from here on: an infinite value at a dropped token would turn into NaN in backward.
     logp = policy.logp[kept]
@@ -129,6 +155,8 @@ def rldf_loss(
         bounded = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
         objective = torch.minimum(ratio * advantages, bounded * advantages)
         clipped = (bounded * advantages < ratio * advantages).float()
+    if config.importance_cap is not None:
+        objective = objective * importance_weights(proximal.logp, batch, config.importance_cap)[kept]
     per_token = {"policy": -objective, "ratio": ratio.detach(), "clip_fraction": clipped}
     total = -objective
     if reference is not None:
@@ -144,6 +172,7 @@ def rldf_loss(
         parts={name: (share * value.detach()).sum() for name, value in per_token.items()},
         num_kept=kept.sum(),
         num_scored=batch.scored.sum(),
+        mismatch=measure_mismatch(proximal.logp, batch, config.importance_cap),
     )
 
 

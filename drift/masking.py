@@ -21,7 +21,9 @@ def masked_batch(
 
     Returns:
         M noisy states, of as many draws as the longest of the rows has. Positions committed at or after the
-        timestep are masked, padding included, and the rest of the completion is as the policy saw it.
+        timestep are masked, padding included, and the rest of the completion is as the policy saw it. They
+        hold the rollout's probabilities only where the plan replays its timesteps: at any other noisy state
+        the policy would have given other ones.
     """
     real = plan.weight > 0
     if rows is not None:
@@ -31,6 +33,10 @@ def masked_batch(
     completion = rollout.completion_ids[row]
     valid = rollout.completion_mask[row]
     prompt_mask = rollout.prompt_mask[row]
+    current = plan.current[slot, row] & valid
+    commit_logp = None
+    if plan.replay and rollout.commit_probs is not None:
+        commit_logp = rollout.commit_probs[row].log().masked_fill(~current, 0.0)
     advantages = rollout.advantages
     if advantages is None:
         advantages = torch.zeros(rollout.completion_ids.shape[0], dtype=torch.float32, device=row.device)
@@ -39,7 +45,7 @@ def masked_batch(
         attention_mask=torch.cat((prompt_mask, torch.ones_like(masked)), dim=1),
         targets=completion,
         scored=masked & valid,
-        current=plan.current[slot, row] & valid,
+        current=current,
         weight=plan.weight[slot, row],
         row_share=1.0 / real.sum(dim=0)[row],
         slot=slot,
@@ -47,4 +53,5 @@ def masked_batch(
         advantages=advantages[row],
         # Draws that only rows left out had (of a plan as long as its longest row) don't count in the mean.
         num_slots=int(slot[-1]) + 1 if len(slot) else 0,
+        commit_logp=commit_logp,
     )

@@ -20,6 +20,7 @@ from drift.distributed import (
     sum_over_ranks,
     world_size,
 )
+from drift.figures import update_figures
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
@@ -41,7 +42,6 @@ from drift.samplers import TimestepSampler, WeightedSampler
 # Sets the draws of plans apart from those of the rollout, which are keyed by the same seeds.
 _PLAN = -1
 _ROLLOUT = "rollout_at_hand"
-_COUNTS = ("num_kept", "num_scored")
 
 
 class RLDFModule(PolicyModule):
@@ -165,7 +165,7 @@ class RLDFModule(PolicyModule):
             self.report("update", number, len(parts))
             outputs.append(output)
         grad_norm = self._step(batch, noisy.row)
-        self._log_update(outputs, noisy, grad_norm, time.perf_counter() - start)
+        self._log_update(outputs, noisy, grad_norm, start)
 
     def _with_advantages(self, batch: PromptBatch) -> Rollout:
         """The rollout with advantages and the groups to train on, chosen at the first of its updates."""
@@ -276,20 +276,9 @@ class RLDFModule(PolicyModule):
         message = f"{what} is {value.item()}"
         raise sample_error(message, self.global_step, batch, self.learned, rows.unique())
 
-    def _log_update(
-        self, outputs: list[LossOutput], noisy: MaskedBatch, norm: Tensor, seconds: float
-    ) -> None:
-        zero = torch.zeros((), dtype=torch.float32, device=self.device)
-        names = ["policy"] + ["kl"] * (self.loss.beta > 0) + ["entropy"] * (self.loss.entropy_coeff != 0)
-        names += ["ratio", "clip_fraction"] * (self.num_updates > 1)
-        sums = [torch.stack([zero, *(o.parts[name] for o in outputs)]).sum() for name in names]
-        sums += [torch.stack([zero, *(getattr(o, name).float() for o in outputs)]).sum() for name in _COUNTS]
-        sums += [torch.stack([zero, *(o.loss.detach() for o in outputs)]).sum(), zero + len(noisy)]
-        *parts, num_kept, num_scored, total, num_states = sum_over_ranks(torch.stack(sums))
-        self.log("loss/total", total, prog_bar=True)
-        self.log_dict({f"loss/{name}": value for name, value in zip(names, parts, strict=True)})
-        self.log("loss/kept_share", num_kept / num_scored.clamp(min=1))
-        self.log("update/noisy_states", num_states)
-        self.log("update/grad_norm", norm)
-        self.log("update/seconds", seconds)
+    def _log_update(self, outputs: list[LossOutput], noisy: MaskedBatch, norm: Tensor, start: float) -> None:
+        parts = self.loss.part_names(self.num_updates)
+        figures = update_figures(outputs, noisy, parts, weighted=self.loss.importance_cap is not None)
+        self.log("loss/total", figures.pop("loss/total"), prog_bar=True)
+        self.log_dict({**figures, "update/grad_norm": norm, "update/seconds": time.perf_counter() - start})
         self.log("update/lr", self.trainer.optimizers[0].param_groups[0]["lr"])

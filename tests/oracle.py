@@ -90,6 +90,11 @@ def objective(
     return -ratio * advantage, ratio, False
 
 
+def importance(proximal: Tensor, commit_logp: Tensor, current: bool, cap: float) -> float:
+    """Truncated importance weight of one token: 1 unless it was committed at this very timestep."""
+    return min(math.exp(proximal.item() - commit_logp.item()), cap) if current else 1.0
+
+
 def is_kept(masked: bool, valid: bool, current: bool, feedback: float, tau: float) -> bool:
     """Whether a token belongs to the clipped clean state."""
     return masked and valid and (math.exp(feedback) >= tau or current)
@@ -114,6 +119,8 @@ def loss(
     reference: Tensor | None = None,
     entropy: Tensor | None = None,
     reference_entropy: Tensor | None = None,
+    importance_cap: float | None = None,
+    commit_logp: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The loss of a plan and its parts; [K,N,C], valid [N,C], weight [K,N] (0 or 1), advantages [N]."""
     num_slots, num_rows, length = logp.shape
@@ -138,6 +145,11 @@ def loss(
                 advantage = float(advantages[n])
                 before = None if old is None else old[k, n, c]
                 term, ratio, clipped = objective(logp[k, n, c], before, advantage, eps_low, eps_high)
+                if importance_cap is not None:
+                    proximal = logp if old is None else old
+                    term = term * importance(
+                        proximal[k, n, c], commit_logp[k, n, c], bool(current[k, n, c]), importance_cap
+                    )
                 here["policy"] = here["policy"] + term
                 here["ratio"] = here["ratio"] + ratio
                 here["clip_fraction"] = here["clip_fraction"] + float(clipped)

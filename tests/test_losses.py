@@ -30,6 +30,7 @@ def make_rollout(seed: int, num: int = 4, length: int = 8) -> Rollout:
         step_map=torch.randint(0, 4, (num, length), generator=generator),
         token_probs=torch.rand(num, length, generator=generator).clamp(min=0.01),
         advantages=torch.randn(num, generator=generator),
+        commit_probs=torch.rand(num, length, generator=generator).clamp(min=0.01),
     )
 
 
@@ -63,10 +64,15 @@ OPTIONS = [
         ("token", "sample"),
     )
 ]
+OPTIONS += [
+    LossConfig(tau=0.02, beta=beta, normalisation=normalisation, importance_cap=cap)
+    for beta, normalisation, cap in itertools.product((0.0, 0.3), ("token", "sample"), (1.0, 1.3, 1e6))
+]
 
 
 def name(config: LossConfig) -> str:
-    return f"tau{config.tau}-{config.beta}{config.kl}-H{config.entropy_coeff}-{config.normalisation}"
+    cap = "" if config.importance_cap is None else f"-cap{config.importance_cap}"
+    return f"tau{config.tau}-{config.beta}{config.kl}-H{config.entropy_coeff}-{config.normalisation}{cap}"
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +115,7 @@ def test_the_oracle_agrees_gradients_included(
                 weight=plan.weight,
                 valid=rollout.completion_mask,
                 advantages=rollout.advantages,
+                commit_logp=dense(batch.commit_logp, batch, plan),
                 **{field: getattr(config, field) for field in config.__dataclass_fields__},
             )
         else:

@@ -214,6 +214,7 @@ class _Canvas:
             completion_mask=(completion_ids != self.pad_token_id) & (completion_ids != self.mask_token_id),
             step_map=torch.where(self.undecoded, self.timestep[:, None], self.step_map),
             token_probs=self.token_probs,
+            commit_probs=self.token_probs,
             num_timesteps=self.timestep,
             num_forwards=self.num_forwards,
             seeds=self.seeds,

@@ -63,6 +63,7 @@ def sequential_plan(rollout: Rollout, timesteps: Tensor, weight: Tensor) -> Time
         masked=(rollout.step_map >= timesteps[:, :, None]) & real,
         current=(rollout.step_map == timesteps[:, :, None]) & real,
         weight=weight,
+        replay=True,
     )
 
 
