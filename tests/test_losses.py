@@ -151,6 +151,7 @@ def make_batch(
     slot: list[int] | None = None,
     row: list[int] | None = None,
     num_slots: int = 1,
+    commit_probs: list[list[float]] | None = None,
 ) -> MaskedBatch:
     """Noisy states of which only what the loss reads is filled in."""
     good = torch.tensor(scored).bool()
@@ -168,6 +169,7 @@ def make_batch(
         row=rows,
         advantages=torch.tensor(advantages),
         num_slots=num_slots,
+        commit_logp=None if commit_probs is None else torch.tensor(commit_probs).log(),
     )
 
 
@@ -222,6 +224,82 @@ def test_the_ppo_clip(ratio: float, advantage: float, objective: float, clipped:
     assert found.parts["ratio"].item() == pytest.approx(ratio, rel=1e-5)
     # d(-ratio A) / d logp = -ratio A, unless it was clipped.
     assert now.logp.grad.item() == pytest.approx(0 if clipped else -ratio * advantage, abs=1e-5)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_importance_weights_worked_by_hand(several: bool):
+    # The rollout gave the two current tokens 0.2 and 0.8; 1 stands where another timestep committed.
+    batch = make_batch([[1, 1, 1]], [[1, 1, 0]], [2.0], commit_probs=[[0.2, 0.8, 1.0]])
+    now = logs([0.5, 0.4, 0.9])
+    now.logp.requires_grad_()
+    # The weights of the rollout gave 0.5 and 0.4 as well: 0.5 / 0.2 = 2.5, cut to 2, and 0.4 / 0.8 = 0.5.
+    old = logs([0.5, 0.4, 0.9]) if several else None
+    config = LossConfig(tau=0, importance_cap=2.0, beta=0.3, kl="k1")
+    found = rldf_loss(now, batch, config, old=old, reference=logs([0.25, 0.4, 0.9]))
+    found.loss.backward()
+    # REINFORCE: -2 log p; PPO: -2 * ratio, which is 1.
+    terms = [-2.0, -2.0, -2.0] if several else [-2 * math.log(p) for p in (0.5, 0.4, 0.9)]
+    policy = (2 * terms[0] + 0.5 * terms[1] + terms[2]) / 3
+    kl = math.log(0.5 / 0.25) / 3
+    assert found.parts["policy"].item() == pytest.approx(policy, rel=1e-5)
+    # The KL is not weighted.
+    assert found.parts["kl"].item() == pytest.approx(kl, rel=1e-5)
+    assert found.loss.item() == pytest.approx(policy + 0.3 * kl, rel=1e-5)
+    # d/dlogp of -2 w logp, or of -2 w ratio, and of the KL, 0.3 each; all over 3 tokens.
+    expected = [(0.3 - 2 * weight) / 3 for weight in (2.0, 0.5, 1.0)]
+    assert now.logp.grad[0].tolist() == pytest.approx(expected, rel=1e-5)
+    assert (found.mismatch.weight.item(), found.mismatch.num_capped.item()) == (pytest.approx(2.5), 1)
+    assert found.mismatch.max_ratio.item() == pytest.approx(2.5)
+
+
+def test_with_several_updates_the_weights_that_made_the_rollout_decide():
+    batch = make_batch([[1]], [[1]], [1.0], commit_probs=[[0.2]])
+    config = LossConfig(importance_cap=10.0, eps_high=0.5)
+    # The policy moved on to 0.36, a ratio of 1.2; the weight stays 0.3 / 0.2, the figures too.
+    found = rldf_loss(logs([0.36]), batch, config, old=logs([0.3]))
+    assert found.parts["policy"].item() == pytest.approx(-1.2 * 1.5, rel=1e-5)
+    assert found.mismatch.kl.item() == pytest.approx(1.5 - 1 - math.log(1.5), rel=1e-4)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_weighted_tokens_of_the_rollout_give_the_gradient_of_the_update(several: bool):
+    """Every token of a categorical policy, as often as the rollout draws it: exact, without sampling."""
+    rollout = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    rewards = [1.0, -0.5, 2.0, 0.25]
+    logits = torch.tensor([0.1, 0.9, -0.6, 0.4], requires_grad=True)
+    # The gradient of -E[reward], the tokens drawn under the probabilities of the update.
+    (expected,) = torch.autograd.grad(-(logits.softmax(0) * torch.tensor(rewards)).sum(), logits)
+    batch = make_batch([[1]] * 4, [[1]] * 4, rewards, commit_probs=rollout[:, None].tolist())
+    batch.weight = rollout
+
+    def gradient(cap: float | None) -> Tensor:
+        now = TokenLogProbs(logp=logits.log_softmax(0)[:, None])
+        old = now.detach() if several else None
+        config = LossConfig(tau=0, importance_cap=cap)
+        found = rldf_loss(now, batch, config, old=old, num_kept=torch.tensor([1.0]))
+        return torch.autograd.grad(found.loss, logits)[0]
+
+    torch.testing.assert_close(gradient(1e6), expected, rtol=1e-5, atol=1e-6)
+    # Without weights, or cut at 1, it is another one: the largest ratio here is 0.266 / 0.1.
+    assert (gradient(None) - expected).norm() > 0.2 * expected.norm()
+    assert (gradient(1.0) - expected).norm() > 0.1 * expected.norm()
+
+
+def test_importance_weights_need_the_probabilities_of_the_rollout():
+    with pytest.raises(ConfigError, match=r"importance_cap is 2\.0: .*commit_probs"):
+        rldf_loss(logs([0.5]), make_batch([[1]], [[1]], [1.0]), LossConfig(importance_cap=2.0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_updates", "names"),
+    [
+        ({}, 1, ["policy"]),
+        ({"beta": 0.1}, 1, ["policy", "kl"]),
+        ({"entropy_coeff": -0.1}, 2, ["policy", "entropy", "ratio", "clip_fraction"]),
+    ],
+)
+def test_parts_that_say_something(settings: dict, num_updates: int, names: list[str]):
+    assert LossConfig(**settings).part_names(num_updates) == names
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("k1", 0.5), ("k2", 0.125), ("k3", 0.10653)])
@@ -367,6 +445,9 @@ def test_parts_and_feedback_carry_no_graph():
         ({"eps_high": -0.1}, r"eps_high is -0.1: set it to 0 or more"),
         ({"eps_high": math.nan}, r"eps_high is nan"),
         ({"entropy_coeff": math.inf}, r"entropy_coeff is inf: set it to a finite number"),
+        ({"importance_cap": 0.9}, r"importance_cap is 0.9: set it to a finite number of 1 or more, or null"),
+        ({"importance_cap": math.inf}, r"importance_cap is inf"),
+        ({"importance_cap": math.nan}, r"importance_cap is nan"),
         ({"normalisation": "batch"}, r"normalisation is 'batch': choose one of \['token', 'sample'\]"),
     ],
 )

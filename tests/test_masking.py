@@ -5,7 +5,14 @@ import torch
 
 from drift.contract import Rollout, TimestepPlan
 from drift.masking import masked_batch
-from drift.samplers import FullSampler, UniformSampler
+from drift.samplers import (
+    AllMaskSampler,
+    CoupledMaskSampler,
+    FullSampler,
+    RandomMaskSampler,
+    TimestepSampler,
+    UniformSampler,
+)
 
 MASK = 1
 
@@ -97,6 +104,33 @@ def test_draws_of_rows_that_are_left_out_do_not_count():
     for left_out, num_slots in (((), 3), ((3,), 2), ((1, 3), 1), ((0, 1, 2, 3, 4), 0)):
         rows = torch.tensor([row not in left_out for row in range(5)])
         assert masked_batch(rollout, plan, MASK, rows=rows).num_slots == num_slots
+
+
+def test_the_rollouts_probabilities_stand_at_the_current_tokens():
+    rollout = random_rollout(0)
+    rollout.commit_probs = torch.rand(5, 10, generator=torch.Generator().manual_seed(1))
+    rollout.commit_probs[~rollout.completion_mask] = 0.0  # never decoded: no logarithm of it must show
+    batch = masked_batch(rollout, FullSampler().plan(rollout), MASK)
+    assert batch.current.any()
+    for state, row in enumerate(batch.row.tolist()):
+        for position, current in enumerate(batch.current[state].tolist()):
+            expected = rollout.commit_probs[row, position].log().item() if current else 0.0
+            assert batch.commit_logp[state, position].item() == pytest.approx(expected)
+    some = batch.select(torch.tensor([3, 0]))
+    assert torch.equal(some.commit_logp, batch.commit_logp[[3, 0]])
+
+
+@pytest.mark.parametrize("sampler", [RandomMaskSampler(), CoupledMaskSampler(), AllMaskSampler()])
+def test_states_that_the_policy_never_saw_come_without_them(sampler: TimestepSampler):
+    rollout = random_rollout(0)
+    rollout.commit_probs = torch.full((5, 10), 0.5)
+    assert masked_batch(rollout, FullSampler().plan(rollout), MASK).commit_logp is not None
+    assert masked_batch(rollout, sampler.plan(rollout), MASK).commit_logp is None
+
+
+def test_without_the_rollouts_probabilities_there_are_none():
+    rollout = random_rollout(0)
+    assert masked_batch(rollout, FullSampler().plan(rollout), MASK).commit_logp is None
 
 
 def test_without_advantages_they_are_zero():

@@ -23,9 +23,10 @@ from drift.optimizer import OptimizerConfig
 from drift.randomness import fold
 from drift.rewards.base import PerSampleReward
 from drift.rollout import DenoiseConfig
-from drift.samplers import FullSampler, WeightedSampler
+from drift.samplers import FullSampler, RandomMaskSampler, WeightedSampler
 
 DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
+CACHED = replace(DECODE, block_length=4, use_cache=True)
 LR = 1e-5
 # As they were before any recorder, of which a test may use several.
 CLIP_GRADIENTS, TOKEN_LOGPROBS = drift.module.clip_gradients, drift.module.token_logprobs
@@ -87,6 +88,7 @@ def train(
         reward=None,
         on_score=None,
         precision="32-true",
+        decode=DECODE,
         **settings,
     ):
         if reward is not None:
@@ -97,7 +99,7 @@ def train(
         } | settings
         module = RLDFModule(str(tiny_folder), **settings)
         recorder = Recorder(monkeypatch, on_score)
-        rollout = RolloutCallback(group_size=4, completion_length=16, decode=DECODE, evaluation=DECODE)
+        rollout = RolloutCallback(group_size=4, completion_length=16, decode=decode, evaluation=decode)
         trainer = make_trainer(steps, callbacks=[rollout, *callbacks, recorder], precision=precision)
         trainer.fit(module, datamodule=PromptDataModule(spread_task, prompts_per_step=3))
         return module, recorder
@@ -156,6 +158,8 @@ def plain_training(
             normalisation=loss.normalisation,
             old=old,
             reference=kl,
+            importance_cap=loss.importance_cap,
+            commit_logp=rollout.commit_probs.log().expand(plan.masked.shape),
         )
         optimizer.zero_grad()
         found["loss"].backward()
@@ -197,6 +201,20 @@ def test_steps_are_those_of_the_plain_computation_at_any_micro_batch_size(
 ):
     # Narrow clips, so that a learning rate of 1e-5 reaches them at the second update.
     loss = LossConfig(tau=tau, beta=beta, normalisation=normalisation, eps_low=1e-4, eps_high=2e-4)
+    assert_plain_steps(train, oracle, tiny_folder, other_folder, loss, num_updates)
+
+
+@pytest.mark.parametrize("num_updates", [1, 2])
+def test_weighted_steps_of_cached_rollouts_are_those_of_the_plain_computation(
+    train, oracle, tiny_folder, other_folder, num_updates: int
+):
+    loss = LossConfig(tau=0.6, beta=0.3, importance_cap=1.2)
+    assert_plain_steps(train, oracle, tiny_folder, other_folder, loss, num_updates, decode=CACHED)
+
+
+def assert_plain_steps(
+    train, oracle, tiny_folder: Path, other_folder: Path, loss: LossConfig, num_updates: int, **settings
+) -> None:
     results = [
         train(
             num_updates,
@@ -204,6 +222,7 @@ def test_steps_are_those_of_the_plain_computation_at_any_micro_batch_size(
             num_updates=num_updates,
             micro_batch_size=size,
             reference=str(other_folder),
+            **settings,
         )[1]
         for size in (1, 7, 1000)
     ]
@@ -440,6 +459,80 @@ def test_feedback_refreshes_exactly_the_tokens_that_were_scored_at_their_own_tim
         if update == 1:
             assert (probs[update] - before).abs().max() > 1e-3
         before = probs[update]
+
+
+class Mismatches(Callback):
+    """Keeps the figures of the mismatch of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        metrics = trainer.callback_metrics
+        self.steps.append({k: float(v) for k, v in metrics.items() if k.startswith("mismatch/")})
+
+
+@pytest.mark.parametrize("num_updates", [1, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_cached_rollouts_have_a_mismatch_and_steps_do_not_add_to_it(
+    train, temperature: float, num_updates: int
+):
+    found = {}
+    for name, decode in (("plain", DECODE), ("cached", CACHED)):
+        watch = Mismatches()
+        # Greedy groups have no spread: the KL makes their tokens count. The steps are large.
+        train(
+            3,
+            callbacks=(watch,),
+            decode=replace(decode, temperature=temperature),
+            loss=LossConfig(tau=0.0, beta=0.1),
+            num_updates=num_updates,
+            optimizer=OptimizerConfig(lr=1e-3),
+            micro_batch_size=7,
+        )
+        found[name] = watch.steps
+        assert all(step.keys() == {"mismatch/kl", "mismatch/max_ratio"} for step in watch.steps)
+    assert len(found["plain"]) == len(found["cached"]) == 3
+    for plain, cached in zip(found["plain"], found["cached"], strict=True):
+        assert 0 <= plain["mismatch/kl"] < 1e-5
+        assert 1 <= plain["mismatch/max_ratio"] < 1 + 1e-3
+        assert cached["mismatch/kl"] > 1e-3
+        assert cached["mismatch/max_ratio"] > 1.1
+
+
+def test_the_mismatch_costs_no_pass_and_does_not_depend_on_micro_batches(train):
+    found = []
+    for size in (5, 1000):
+        watch = Mismatches()
+        loss = LossConfig(tau=0.0, importance_cap=1.5)
+        _, recorder = train(callbacks=(watch,), decode=CACHED, loss=loss, micro_batch_size=size)
+        assert sum(recorder.num_states) == 24
+        found.append(watch.steps[0])
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[0].keys() == {f"mismatch/{name}" for name in ("kl", "max_ratio", "weight", "capped_share")}
+    assert 0 < found[0]["mismatch/weight"] < 1.5
+    assert 0 < found[0]["mismatch/capped_share"] < 1
+
+
+def test_noisy_states_that_the_policy_never_saw_have_no_mismatch_and_no_weights(train):
+    watch = Mismatches()
+    train(callbacks=(watch,), sampler=RandomMaskSampler(k=1))
+    assert watch.steps == [{}]
+    with pytest.raises(ConfigError, match=r"importance_cap is 2\.0: .*use a sampler of the rollout's own"):
+        train(sampler=RandomMaskSampler(k=1), loss=LossConfig(importance_cap=2.0))
+
+
+def test_the_probabilities_of_the_rollout_outlive_refreshes_and_checkpoints(train, tmp_path: Path):
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            trainer.save_checkpoint(tmp_path / "between.ckpt")
+
+    optimizer = OptimizerConfig(lr=1e-2)
+    callbacks = (FeedbackCallback(), Save())
+    _, recorder = train(2, callbacks=callbacks, num_updates=3, optimizer=optimizer)
+    (saved,) = torch.load(tmp_path / "between.ckpt", weights_only=True)["rollout_at_hand"]["ranks"]
+    assert torch.equal(saved["commit_probs"], recorder.batches[0].rollout.token_probs)
+    assert (saved["token_probs"] - saved["commit_probs"]).abs().max() > 1e-3
 
 
 def test_reference_is_frozen_and_belongs_to_nobody(train, tiny_folder):

@@ -30,7 +30,11 @@ seed_everything(0)
 module = RLDFModule(
     "sudoku_base",
     sampler=sampler,
-    loss=LossConfig(beta=settings["beta"], normalisation=settings["normalisation"]),
+    loss=LossConfig(
+        beta=settings["beta"],
+        normalisation=settings["normalisation"],
+        importance_cap=settings["importance_cap"],
+    ),
     optimizer=OptimizerConfig(lr=1e-4),
     train_groups=settings["train_groups"],
     micro_batch_size=settings["micro_batch_size"],
@@ -39,7 +43,9 @@ module = RLDFModule(
     activation_checkpointing=bool(settings["lora"]),
 )
 data = PromptDataModule(SudokuTask(), prompts_per_step=4, num_validation=settings["num_validation"])
-decode = DenoiseConfig(block_length=16, temperature=1.0)
+decode = DenoiseConfig(
+    block_length=settings["block_length"], temperature=1.0, use_cache=settings["importance_cap"] is not None
+)
 greedy = DenoiseConfig(block_length=16)
 trainer = Trainer(
     max_steps=2,
@@ -95,19 +101,32 @@ def trained(path: Path, **settings: object) -> dict[str, dict]:
             "num_updates": 2,
             "lora": ["q_proj", "ff_out"],
         },
+        # The mismatch of cached rollouts is weighed, and the largest of all is on one of the ranks.
+        {
+            "beta": 0.04,
+            "normalisation": "token",
+            "full": False,
+            "micro_batch_size": 7,
+            "importance_cap": 1.5,
+            "block_length": 8,
+        },
     ],
     ids=[
         "token, full, small micro-batches",
         "sample, weighted, with KL",
         "one group, one puzzle",
         "adapters",
+        "cached, weighed",
     ],
 )
 def test_two_processes_do_what_one_does(tmp_path, settings):
-    settings = {"train_groups": None, "num_validation": 5, "num_updates": 1, "lora": None} | settings
+    plain = {"train_groups": None, "num_validation": 5, "num_updates": 1, "lora": None}
+    settings = plain | {"importance_cap": None, "block_length": 16} | settings
     one = trained(tmp_path / "one.pt", devices=1, **settings)
     two = trained(tmp_path / "two.pt", devices=2, **settings)
     assert one["metrics"].keys() == two["metrics"].keys()
+    assert ("mismatch/weight" in one["metrics"]) == (settings["importance_cap"] is not None)
+    assert (one["metrics"]["mismatch/max_ratio"] > 1.01) == (settings["importance_cap"] is not None)
     for name, value in one["metrics"].items():
         assert two["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     for name, value in one["weights"].items():

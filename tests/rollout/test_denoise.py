@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from drift.contract import ConfigError, Rollout
 from drift.logprobs import token_logprobs
 from drift.masking import masked_batch
+from drift.mismatch import measure_mismatch
 from drift.models import LLaDA
 from drift.rollout import DenoiseConfig, denoise
 from drift.samplers import FullSampler
@@ -244,6 +245,32 @@ def test_training_scores_the_tokens_as_the_rollout_did(
     recorded = rollout.token_probs[batch.row]
     torch.testing.assert_close(logp[batch.current], recorded[batch.current].log(), rtol=0, atol=2e-5)
     assert batch.current.sum() == rollout.completion_mask.sum()  # every valid token, once
+
+
+@every_config
+def test_the_probabilities_of_the_rollout_are_kept_twice(
+    ending_policy: LLaDA, prompts: tuple[Tensor, Tensor], settings: dict
+):
+    """What decides over timesteps is refreshed by replacing it, which must leave the other as it is."""
+    rollout = run(ending_policy, *prompts, settings)
+    assert torch.equal(rollout.commit_probs, rollout.token_probs)
+    assert (rollout.commit_probs[rollout.completion_mask] > 0).all()
+
+
+def test_a_cached_rollout_is_further_from_the_update_than_float32_rounds(
+    ending_policy: LLaDA, prompts: tuple[Tensor, Tensor]
+):
+    found = {}
+    for use_cache in (False, True):
+        settings = {"threshold": 0.6, "temperature": 1.0, "use_cache": use_cache}
+        rollout = run(ending_policy, *prompts, settings)
+        batch = masked_batch(rollout, FullSampler().plan(rollout), ending_policy.mask_token_id)
+        with torch.no_grad():
+            found[use_cache] = measure_mismatch(token_logprobs(ending_policy, batch).logp, batch)
+    assert found[False].kl / found[False].num_tokens < 1e-5
+    assert found[False].max_ratio < 1 + 1e-4
+    assert found[True].kl / found[True].num_tokens > 1e-3
+    assert found[True].max_ratio > 1.1
 
 
 @every_config_without_cache

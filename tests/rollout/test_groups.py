@@ -26,6 +26,8 @@ def assert_same(one: Rollout, other: Rollout) -> None:
     for name in TENSORS:
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     torch.testing.assert_close(one.token_probs, other.token_probs, rtol=0, atol=1e-5)
+    assert torch.equal(one.commit_probs, one.token_probs)
+    assert torch.equal(other.commit_probs, other.token_probs)
 
 
 def test_a_group_is_several_completions_of_one_prompt(policy: LLaDA, batch: PromptBatch):
