@@ -2,6 +2,7 @@
 
 from drift.callbacks.checkpoint import CheckpointCallback
 from drift.callbacks.collapse import CollapseCallback
+from drift.callbacks.doctor import DoctorCallback
 from drift.callbacks.export import ExportCallback
 from drift.callbacks.feedback import FeedbackCallback
 from drift.callbacks.mismatch import MismatchCallback
@@ -16,6 +17,7 @@ from drift.callbacks.summary import SummaryCallback
 __all__ = [
     "CheckpointCallback",
     "CollapseCallback",
+    "DoctorCallback",
     "ExportCallback",
     "FeedbackCallback",
     "MismatchCallback",

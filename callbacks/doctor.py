@@ -63,12 +63,13 @@ class DoctorCallback(Callback):
 
 
 def _probes(data: Any) -> list[Probe]:
-    """The stage's first prompt, with its demonstration where it has one."""
-    problem = data.example
-    if problem is None:
-        return []
-    prompt = data.template.encode(problem, "the first prompt")
-    if problem.demonstration is None:
-        return [Probe(ids=prompt)]
-    words = data.tokenizer(problem.demonstration, add_special_tokens=False)["input_ids"]
-    return [Probe(ids=[*prompt, *words], start=len(prompt))]
+    """The stage's first prompts, with their demonstrations where they have any."""
+    probes = []
+    for problem in data.examples:
+        prompt = data.tokenizer(data.template.render(problem), add_special_tokens=False)["input_ids"]
+        if problem.demonstration is None:
+            probes.append(Probe(ids=prompt))
+        else:
+            words = data.tokenizer(problem.demonstration, add_special_tokens=False)["input_ids"]
+            probes.append(Probe(ids=[*prompt, *words], start=len(prompt)))
+    return probes

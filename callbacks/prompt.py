@@ -37,10 +37,10 @@ class PromptCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Shows the prompt, on the first rank."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not trainer.is_global_zero or data is None or data.example is None:
+        if not trainer.is_global_zero or data is None or not data.examples:
             return
         split = _SPLITS.get(stage, "test")
-        ids = data.template.encode(data.example, f"the first {split} prompt")
+        ids = data.template.encode(data.examples[0], f"the first {split} prompt")
         text = data.tokenizer.decode(ids, skip_special_tokens=False)
         if self.max_characters:
             chat = data.template.chat

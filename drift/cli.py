@@ -22,6 +22,7 @@ import drift.tasks
 from drift.callbacks import (
     CheckpointCallback,
     CollapseCallback,
+    DoctorCallback,
     ExportCallback,
     FeedbackCallback,
     MismatchCallback,
@@ -43,6 +44,7 @@ from drift.sft import SFTModule
 
 _CALLBACKS = {
     "prompt": PromptCallback,
+    "doctor": DoctorCallback,
     "rollout": RolloutCallback,
     "feedback": FeedbackCallback,
     "progress": ProgressCallback,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, cast, get_args
 
 from datasets import Dataset
@@ -29,6 +30,7 @@ from drift.models import load_tokenizer
 from drift.tasks import ProceduralTask, Task
 
 LongPrompts = Literal["error", "drop"]
+_NUM_EXAMPLES = 8
 
 
 class PromptDataModule(LightningDataModule):
@@ -107,8 +109,8 @@ class PromptDataModule(LightningDataModule):
         self.shuffle = shuffle
         self.seed = seed
         self.template: PromptTemplate
-        self.example: Problem | None = None  # the first of the stage's prompts, to be shown
-        self._first: Mapping[str, Any] | None = None
+        self.examples: list[Problem] = []  # the stage's first problems, to be shown and probed with
+        self._first: list[Mapping[str, Any]] = []
         self._train: Rows | None = None
         self._evaluation: dict[str, Sequence[Mapping[str, Any]]] = {}
 
@@ -148,12 +150,12 @@ class PromptDataModule(LightningDataModule):
             if self.trainer is not None and self.trainer.max_steps < 0:
                 raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
             self._train = self._training_rows()
-            first = self._first or next(self._train.starting_at(0))
-            self.example = self.task.problem(first)
+            first = self._first or islice(self._train.starting_at(0), _NUM_EXAMPLES)
+            self.examples = [self.task.problem(row) for row in first]
         for split in {"fit": ("validation",), "validate": ("validation",)}.get(stage, ("test",)):
             rows = self._evaluation[split] = self._evaluation_rows(split, needed=stage != "fit")
             if stage != "fit":
-                self.example = self.task.problem(rows[0])
+                self.examples = [self.task.problem(row) for row in islice(rows, _NUM_EXAMPLES)]
 
     def train_dataloader(self) -> Iterable[PromptBatch]:
         """The stream, from the step that training is at."""
@@ -203,7 +205,7 @@ class PromptDataModule(LightningDataModule):
             if self.long_prompts == "drop":
                 rows = rows.filter(self._is_short)
             # Before they are shuffled: that reads thousands of them.
-            self._first = next(iter(rows), None)
+            self._first = list(islice(rows, _NUM_EXAMPLES))
             return StreamedRows(rows.shuffle(seed=self.seed, buffer_size=10_000) if self.shuffle else rows)
         checked = self._checked(rows, f"data.train ({source.path}) row", self.demonstration_length)
         return ShuffledRows(checked, self.seed, self.shuffle)

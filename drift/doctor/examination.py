@@ -81,13 +81,12 @@ def examine(
     checks = [_finite(policy)]
     if checks[0].status == "failed":
         return checks  # NaN would fail every other one
-    texts = [
-        Probe(ids=p.ids[:_LONGEST], start=p.start) for p in probes if len(p.ids[:_LONGEST]) > p.start + 2
-    ]
+    texts = [Probe(ids=p.ids[:_LONGEST], start=p.start) for p in probes]
+    texts = [probe for probe in texts if len(probe.ids) > probe.start + 2]
+    known = [] if tokenizer is None else built_in_probes(tokenizer)
     if tokenizer is not None:
-        texts += built_in_probes(tokenizer)
-        checks += _likelihoods(policy, tokenizer, texts)
-    texts = texts or random_probes(policy.mask_token_id)
+        checks += _likelihoods(policy, tokenizer, [group for group in (texts, known) if group])
+    texts = texts + known or random_probes(policy.mask_token_id)
     return [*checks, _padding(policy, texts), *_rollout(policy, texts)]
 
 
@@ -112,28 +111,41 @@ def _finite(policy: DiffusionLM) -> Check:
 
 
 def _likelihoods(
-    policy: DiffusionLM, tokenizer: PreTrainedTokenizerFast, texts: list[Probe]
+    policy: DiffusionLM, tokenizer: PreTrainedTokenizerFast, groups: list[list[Probe]]
 ) -> Iterator[Check]:
     """Does the head answer for its own position, and is the mask token the one that it was trained with?"""
-    ids, mask, asked = (t.to(policy.device) for t in batch_of(texts, policy.pad_token_id))
-    # The neighbours of the asked positions must exist, for what their rows of the head say.
-    asked[:, -1] = False
-    aligned = _scores(policy, ids, mask, asked, policy.mask_token_id, 0)
-    rows = {move: _scores(policy, ids, mask, asked, policy.mask_token_id, move) for move in (-1, 1)}
-    found = {move: _compare(other, aligned) for move, other in rows.items()}
-    known = all(_compare(aligned, other)[0] for other in rows.values())
-    mean = aligned.mean().item()
-    better = max((move for move in rows if found[move][0]), key=lambda move: found[move][1], default=None)
+    ids, mask, asked, rows = _best_known(policy, groups)
+    aligned = rows.pop(0)
+    gains = {move: _compare(other, aligned) for move, other in rows.items()}
+    losses = [_compare(aligned, other) for other in rows.values()]
+    known = all(surely for surely, _ in losses)
+    better = max((move for move in gains if gains[move][0]), key=lambda move: gains[move][1], default=None)
+    said = f"masked tokens of known texts: {aligned.mean().item():.2f} nats each"
     if better is not None:
-        yield _shifted(policy, better, found[better][1])
+        yield _shifted(policy, better, gains[better][1])
     elif known:
-        gain = min(_compare(aligned, other)[1] for other in rows.values())
-        said = f"masked tokens of known texts: {mean:.2f} nats each, {gain:.1f} better than the rows beside"
-        yield Check(name="shift", status="ok", found=said)
+        gain = min(gain for _, gain in losses)
+        yield Check(name="shift", status="ok", found=f"{said}, {gain:.1f} better than the rows beside")
     else:
-        said = f"masked tokens of known texts: {mean:.2f} nats each, no better than the rows beside"
-        yield Check(name="shift", status="unsure", found=f"{said} (a fresh or very small policy?)")
+        found = f"{said}, no better than the rows beside (a fresh or very small policy?)"
+        yield Check(name="shift", status="unsure", found=found)
     yield _mask_id(policy, tokenizer, (ids, mask, asked), aligned, known)
+
+
+def _best_known(
+    policy: DiffusionLM, groups: list[list[Probe]]
+) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
+    """The batch of those probes that the policy knows best, and their scores by row of the head."""
+    found = []
+    for texts in groups:
+        ids, mask, asked = (t.to(policy.device) for t in batch_of(texts, policy.pad_token_id))
+        # The neighbours of the asked positions must exist, for what their rows of the head say.
+        asked[:, -1] = False
+        rows = {move: _scores(policy, ids, mask, asked, policy.mask_token_id, move) for move in (0, -1, 1)}
+        enough = asked.sum().item() >= _LEAST_TOKENS
+        best = max(row.mean().item() for row in rows.values()) if enough else -math.inf
+        found.append((best, (ids, mask, asked, rows)))
+    return max(found, key=lambda pair: pair[0])[1]
 
 
 def _shifted(policy: DiffusionLM, move: int, gain: float) -> Check:
@@ -159,8 +171,10 @@ def _mask_id(
     ours = policy.mask_token_id
     special = sorted(set(tokenizer.get_added_vocab().values()) - {ours})
     named = [i for i in special if "mask" in str(tokenizer.convert_ids_to_tokens(i)).lower()]
-    others = [i for i in special if i not in named and i != policy.pad_token_id]
-    candidates = [i for i in (*named, *others[:_OTHER_CANDIDATES]) if i < policy.head.weight.shape[0]]
+    others = [i for i in special if i not in named and i != policy.pad_token_id][:_OTHER_CANDIDATES]
+    # Ordinary tokens, evenly over the vocabulary: none of them is as good as the mask that was trained.
+    words = [i for i in range(5, len(tokenizer), max(len(tokenizer) // _OTHER_CANDIDATES, 1)) if i != ours]
+    candidates = [i for i in {*named, *others, *words} if i < policy.head.weight.shape[0]]
     results = {i: _compare(_scores(policy, *batch, i, 0), aligned) for i in candidates}
     best = max((i for i in results if results[i][0]), key=lambda i: results[i][1], default=None)
     if best is not None:
@@ -169,11 +183,7 @@ def _mask_id(
         fix = f"config.json has mask_token_id: {ours}; set it to {best}"
         return Check(name="mask id", status="failed", found=found, fix=fix)
     name = tokenizer.convert_ids_to_tokens(ours)
-    if not candidates:
-        return Check(
-            name="mask id", status="unsure", found=f"{ours} {name!r}: no other special token to compare"
-        )
-    said = f"{ours} {name!r}: none of {len(candidates)} other special tokens predicts better"
+    said = f"{ours} {name!r}: none of {len(candidates)} other tokens predicts better"
     return Check(name="mask id", status="ok" if known else "unsure", found=said)
 
 

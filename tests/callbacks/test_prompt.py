@@ -27,7 +27,9 @@ def trainer(problem: Problem | None, is_global_zero: bool = True, **settings) ->
     template = PromptTemplate(
         character_tokenizer(), **{"system_prompt": None, "max_length": 10_000} | settings
     )
-    data = SimpleNamespace(template=template, tokenizer=template.tokenizer, example=problem)
+    data = SimpleNamespace(
+        template=template, tokenizer=template.tokenizer, examples=[problem] if problem else []
+    )
     return SimpleNamespace(datamodule=data, is_global_zero=is_global_zero, loggers=[Board(), object()])
 
 

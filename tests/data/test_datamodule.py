@@ -341,13 +341,13 @@ def test_the_example_is_the_first_prompt_of_the_stage(tiny_folder: Path, write, 
     settings = {"train": write(FIVE), "validation": write(FIVE[2:]), "test": write(FIVE[3:])}
     prompts = data(tiny_folder, **settings, prompts_per_step=2, shuffle=shuffle)
     ((first, _),) = training_prompts(prompts, 1)
-    assert prompts.example.prompt == first
+    assert prompts.examples[0].prompt == first
     for stage, expected in (("validate", "three"), ("test", "four"), ("predict", "four")):
         prompts.setup(stage)
-        assert prompts.example.prompt == expected
+        assert prompts.examples[0].prompt == expected
     prompts = PromptDataModule(SudokuTask(), tokenizer=str(tiny_folder), prompts_per_step=2)
     ((first, _),) = training_prompts(prompts, 1)
-    assert prompts.example.prompt == first
+    assert prompts.examples[0].prompt == first
 
 
 def test_the_example_of_a_streaming_dataset_is_its_first_usable_row(tiny_folder: Path, write, monkeypatch):
@@ -358,7 +358,7 @@ def test_the_example_of_a_streaming_dataset_is_its_first_usable_row(tiny_folder:
     monkeypatch.setattr(module_under_test.StreamedRows, "starting_at", None)
     prompts.trainer = Trainer()
     prompts.setup("fit")
-    assert prompts.example.prompt == "one"
+    assert prompts.examples[0].prompt == "one"
 
 
 CHATML = "{% for turn in messages %}[{{ turn.role }}]{{ turn.content }}{% endfor %}[assistant]"
@@ -387,7 +387,7 @@ def test_the_chat_template_that_prompts_is_the_one_that_is_exported(
     dream = f"{system}<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
     automatic = "[user]one[assistant]" if own else dream if family == "Dream" else "one"
     expected = {"auto": automatic, "none": "one"}.get(setting, "<user]one<assistant]")
-    assert prompts.template.render(prompts.example) == expected
+    assert prompts.template.render(prompts.examples[0]) == expected
     if expected != "one":
         turns = [{"role": "user", "content": "one"}]
         exported = prompts.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
