@@ -57,6 +57,8 @@ def examine_folder(
     try:
         words = load_tokenizer(tokenizer or folder, "tokenizer")
         checks.append(_tokenizer(config, words))
+        # What another tokenizer makes of a text would say nothing of this policy.
+        words = words if checks[-1].status == "ok" else None
     except ConfigError as error:
         checks.append(Check(name="tokenizer", status="failed", found="it cannot be used", fix=str(error)))
     try:

@@ -178,8 +178,15 @@ def test_weights_of_the_other_family(request: pytest.FixtureRequest, copy, ours:
 def test_a_mask_id_that_is_a_word(llada: Path, copy):
     folder = copy(llada)
     set_config(folder, mask_token_id=33)
-    found = status(examine_folder(folder))
-    assert (found["tokenizer"], found["mask id"]) == ("failed", "failed")
+    assert only_failure(examine_folder(folder)).name == "tokenizer"
+
+
+def test_a_mask_id_that_is_a_word_to_the_policy(llada: Path, copy):
+    folder = copy(llada)
+    set_config(folder, mask_token_id=33)
+    found = examine(load_policy(folder).eval(), character_tokenizer(SIZE, PAD, MASK), [])
+    assert only_failure(found).name == "mask id"
+    assert only_failure(found).fix == f"config.json has mask_token_id: 33; set it to {MASK}"
 
 
 def test_a_mask_id_that_only_the_policy_can_refute(llada: Path, copy):
