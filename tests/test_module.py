@@ -535,6 +535,24 @@ def test_the_probabilities_of_the_rollout_outlive_refreshes_and_checkpoints(trai
     assert (saved["token_probs"] - saved["commit_probs"]).abs().max() > 1e-3
 
 
+def test_a_refresh_replaces_the_tensor_that_a_rollout_holds_twice(tiny_folder: Path):
+    module, probs = RLDFModule(str(tiny_folder)), torch.tensor([[0.5, 0.25]])
+    blank = torch.zeros(1, 2, dtype=torch.int64)
+    module.learned = Rollout(
+        prompt_ids=blank,
+        prompt_mask=blank.bool(),
+        completion_ids=blank,
+        completion_mask=blank.bool(),
+        step_map=blank,
+        token_probs=probs,
+        commit_probs=probs,
+    )
+    module.trained_probs = torch.tensor([[0.0, 0.75]])
+    module.refresh_feedback()
+    assert module.learned.token_probs.tolist() == [[0.5, 0.75]]
+    assert module.learned.commit_probs.tolist() == [[0.5, 0.25]]
+
+
 def test_reference_is_frozen_and_belongs_to_nobody(train, tiny_folder):
     module, _ = train(2, loss=LossConfig(beta=0.1), optimizer=OptimizerConfig(lr=1e-2))
     reference = module.reference
