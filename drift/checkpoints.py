@@ -70,20 +70,25 @@ def require_adapters_of(found: Mapping[str, Any] | None, needed: Mapping[str, An
     """Raises ConfigError unless a checkpoint's adapters are of the kind that a module has.
 
     Args:
-        found: their settings in the checkpoint; None: it holds the whole policy.
+        found: their settings in the checkpoint, and `weights`, the fingerprint of what they are added to;
+            None: it holds the whole policy.
         needed: those of the module; None: the whole policy is trained.
     """
     if found == needed:
         return
-    if found is None:
-        words, fix = "it holds a whole policy and no adapters", "set model.lora to null"
-    elif needed is None:
-        words, fix = "it holds adapters alone", f"set model.lora to {dict(found)}"
-    else:
-        words, fix = f"its adapters were made with model.lora {dict(found)}", "set model.lora to the same"
+    theirs, ours = (
+        None if settings is None else {key: value for key, value in settings.items() if key != "weights"}
+        for settings in (found, needed)
+    )
+    if theirs == ours:
+        raise ConfigError(
+            "ckpt_path: its adapters were trained on other weights than those of model.policy; set it to "
+            "what they were trained on"
+        )
+    what = "a whole policy and no adapters" if theirs is None else f"adapters of model.lora {theirs}"
     raise ConfigError(
-        f"ckpt_path: {words}, but model.lora is {None if needed is None else dict(needed)}; {fix}, or give "
-        "the checkpoint of another run"
+        f"ckpt_path: it holds {what}, but model.lora is {ours}; set model.lora to "
+        f"{'null' if theirs is None else 'the same'}, or give the checkpoint of another run"
     )
 
 

@@ -19,6 +19,7 @@ from drift.models import (
     DiffusionLM,
     LoRAConfig,
     add_adapters,
+    fingerprint,
     load_policy,
     policy_skeleton,
     read_config,
@@ -66,7 +67,13 @@ class PolicyModule(LightningModule):
         self.policy_dtype: torch.dtype = getattr(torch, dtype)
         self.random_init = random_init
         self.lora = lora
+        self._base = ""  # of which weights the adapters are
         if lora is not None:
+            if random_init:
+                raise ConfigError(
+                    "model.random_init is True: the weights under the adapters of model.lora would be in no "
+                    "folder and no checkpoint; set one of the two to its default"
+                )
             # Every target by its name: what "all of them" are, a checkpoint must be able to say.
             self.lora = replace(lora, targets=require_adapters(policy_skeleton(self.policy_folder), lora))
             # A checkpoint holds the adapters alone; `require_weights_of` sees that it holds all of them.
@@ -108,6 +115,7 @@ class PolicyModule(LightningModule):
             policy = load_policy(self.policy_folder, self.weights_dtype, random_init=self.random_init)
             policy.activation_checkpointing = self.activation_checkpointing
             if self.lora is not None:
+                self._base = fingerprint(policy)
                 # The run's seed itself: whatever has been drawn since must not matter.
                 add_adapters(policy, self.lora, seed=torch.initial_seed())
             self.policy = policy
@@ -140,14 +148,18 @@ class PolicyModule(LightningModule):
                     state.pop(name, None)
         return state
 
+    @property
+    def _adapters(self) -> dict[str, Any] | None:
+        return None if self.lora is None else {**asdict(self.lora), "weights": self._base}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what the adapters are, where there are any."""
         if self.lora is not None:
-            checkpoint[_ADAPTERS] = asdict(self.lora)
+            checkpoint[_ADAPTERS] = self._adapters
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights that are not the policy's, and a run that has nothing left to do."""
-        require_adapters_of(checkpoint.get(_ADAPTERS), None if self.lora is None else asdict(self.lora))
+        require_adapters_of(checkpoint.get(_ADAPTERS), self._adapters)
         require_weights_of(self, checkpoint)
         if self.trainer.state.fn == TrainerFn.FITTING:
             masters = self.optimizer_config.master_weights

@@ -94,12 +94,17 @@ def test_an_optimizer_of_another_kind_is_refused():
 
 
 def test_adapters_of_another_kind_are_refused():
-    settings = {"rank": 2, "alpha": 4.0, "targets": ["q_proj"]}
+    settings = {"rank": 2, "alpha": 4.0, "targets": ["q_proj"], "weights": "a1"}
     require_adapters_of(None, None)
     require_adapters_of(dict(settings), settings)
     with pytest.raises(ConfigError, match=r"ckpt_path: it holds a whole policy .*; set model\.lora to null"):
         require_adapters_of(None, settings)
-    with pytest.raises(ConfigError, match=r"it holds adapters alone, .*; set model\.lora to .*'rank'"):
+    with pytest.raises(
+        ConfigError, match=r"adapters of model\.lora .*'rank': 2.* is None; .* the same"
+    ) as caught:
         require_adapters_of(settings, None)
-    with pytest.raises(ConfigError, match=r"made with model\.lora .*'rank': 3.* is .*'rank': 2.*to the same"):
-        require_adapters_of(settings | {"rank": 3}, settings)
+    assert "a1" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"adapters of model\.lora .*'rank': 3.* is .*'rank': 2"):
+        require_adapters_of(settings | {"rank": 3, "weights": "b2"}, settings)
+    with pytest.raises(ConfigError, match=r"trained on other weights .*; set it to what they"):
+        require_adapters_of(settings | {"weights": "b2"}, settings)

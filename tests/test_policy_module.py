@@ -1,5 +1,6 @@
 """Adapters, master weights and recomputed blocks in whole runs."""
 
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,7 @@ def train(tiny_folder: Path, spread_task, make_trainer: Callable[..., Trainer]):
             "sampler": WeightedSampler(k=2),
             "optimizer": OptimizerConfig(lr=1e-2),
         } | settings
-        module, watch = RLDFModule(str(tiny_folder), **settings), Watch()
+        module, watch = RLDFModule(**{"policy": str(tiny_folder)} | settings), Watch()
         rollout = RolloutCallback(group_size=4, completion_length=16, decode=DECODE, evaluation=DECODE)
         trainer = make_trainer(steps, callbacks=[rollout, watch, *callbacks], precision=precision)
         data = PromptDataModule(spread_task, prompts_per_step=3)
@@ -107,12 +108,10 @@ def test_the_reference_is_the_policy_without_adapters(train, tiny_folder: Path, 
     torch.testing.assert_close(kept[states.scored], expected[states.scored], rtol=0, atol=1e-5)
 
 
-def test_the_reference_without_adapters_is_what_a_copy_would_be(
-    train, tiny_folder: Path, make_policy, tmp_path: Path
-):
+def test_the_reference_without_adapters_is_what_a_copy_would_be(train, tiny_folder: Path, tmp_path: Path):
     loss = LossConfig(beta=0.3)
     _, _, off = train(3, loss=loss)
-    make_policy(vocab_size=98).save_pretrained(tmp_path / "copy")
+    shutil.copytree(tiny_folder, tmp_path / "copy")
     _, module, copy = train(3, loss=loss, reference=str(tmp_path / "copy"))
     assert module.reference is not None
     assert off.logged == copy.logged
@@ -179,10 +178,14 @@ def test_rescue_keeps_the_adapters_and_training_goes_on(train, monkeypatch, tmp_
         (
             {},
             {"lora": None},
-            r"it holds adapters alone, but model\.lora is None; set model\.lora to .*'rank': 2",
+            r"it holds adapters of model\.lora .*'rank': 2.* is None; set",
         ),
-        ({}, {"lora": LoRAConfig(rank=3, alpha=4)}, r"made with model\.lora .*'rank': 2.* is .*'rank': 3"),
-        ({}, {"lora": LoRAConfig(rank=2, alpha=8)}, r"made with model\.lora .*'alpha': 4.* is .*'alpha': 8"),
+        ({}, {"lora": LoRAConfig(rank=3, alpha=4)}, r"adapters of model\.lora .*'rank': 2.* is .*'rank': 3"),
+        (
+            {},
+            {"lora": LoRAConfig(rank=2, alpha=8)},
+            r"adapters of .*'alpha': 4.* is .*'alpha': 8",
+        ),
         ({}, {"lora": LoRAConfig(rank=2, alpha=4, targets=["q_proj"])}, r"model\.lora is .*\['q_proj'\]"),
         (
             {"lora": None, "dtype": "bfloat16", "optimizer": MASTERS},
@@ -209,6 +212,34 @@ def test_targets_by_name_are_those_of_all(train, tmp_path: Path):
     assert module.lora.targets == ["attn_out", "ff_out", "ff_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
     named = LoRAConfig(rank=2, alpha=4, targets=list(reversed(module.lora.targets)))
     train(2, ckpt_path=tmp_path / "one.ckpt", lora=named)
+
+
+def test_adapters_of_other_weights_are_refused(train, tiny_folder: Path, tmp_path: Path):
+    trainer, _, _ = train(1)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    train(2, ckpt_path=tmp_path / "one.ckpt", dtype="bfloat16")
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    policy = load_policy(other)
+    with torch.no_grad():
+        policy.blocks[1].up_proj.weight += 0.01
+    policy.save_pretrained(other)
+    with pytest.raises(ConfigError, match=r"trained on other weights than those of model\.policy"):
+        train(2, ckpt_path=tmp_path / "one.ckpt", policy=str(other))
+
+
+def test_fresh_weights_under_adapters_are_refused(tiny_folder: Path):
+    with pytest.raises(ConfigError, match=r"model\.random_init is True: .* set one of the two"):
+        SFTModule(str(tiny_folder), random_init=True, lora=LORA)
+
+
+@pytest.mark.parametrize("micro_batch_size", [7, 1000])
+def test_mixed_precision_trains_adapters_at_any_micro_batch_size(train, micro_batch_size: int):
+    settings = {"precision": "bf16-mixed", "loss": LossConfig(beta=0.1, tau=0.6), "dtype": "bfloat16"}
+    _, _, whole = train(1, **settings)
+    _, _, found = train(1, micro_batch_size=micro_batch_size, activation_checkpointing=True, **settings)
+    assert whole.logged[0]["update/grad_norm"] > 1e-2
+    for name in ("loss/total", "update/grad_norm"):
+        assert found.logged[0][name] == pytest.approx(whole.logged[0][name], rel=0.02), name
 
 
 def test_a_missing_adapter_is_seen(train, tmp_path: Path):

@@ -132,3 +132,55 @@ def test_two_processes_do_what_one_does(tmp_path, settings):
     for name, value in one["weights"].items():
         # float32 sums in another order, through two AdamW steps of 1e-4.
         torch.testing.assert_close(two["weights"][name], value, rtol=0, atol=2e-6, msg=name)
+
+
+SHARDED = """
+import copy
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from drift.optimizer import OptimizerConfig, build_optimizer
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+
+def make():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4)).bfloat16()
+    fully_shard(module, mesh=mesh)
+    return module, build_optimizer(module, OptimizerConfig(lr=1e-5, master_weights=True))
+
+def train(module, optimizer, steps):
+    for step in steps:
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+        module(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+whole, optimizer = make()
+train(whole, optimizer, range(3))
+other, resumed = make()
+other.load_state_dict(whole.state_dict())
+set_optimizer_state_dict(other, resumed, copy.deepcopy(get_optimizer_state_dict(whole, optimizer)))
+train(whole, optimizer, range(3, 6))
+train(other, resumed, range(3, 6))
+for p, q in zip(whole.parameters(), other.parameters(), strict=True):
+    assert optimizer.state[p]["master"].to_local().numel() * 2 == p.numel()
+    assert optimizer.state[p]["master"].dtype == torch.float32
+    assert torch.equal(p.to_local(), q.to_local())
+    for name in ("master", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[p][name].to_local(), resumed.state[q][name].to_local()), name
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.two_ranks
+def test_master_weights_are_sharded_and_resumed_with_the_parameters(tmp_path):
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(call, env=environment, cwd=tmp_path, timeout=300, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from drift.contract import ConfigError, require
 
 if TYPE_CHECKING:
     from drift.models.base import DiffusionLM
+
+
+# Elements of each tensor that a fingerprint looks at.
+_SAMPLES = 1024
 
 
 @dataclass(frozen=True)
@@ -150,6 +155,17 @@ def merged_state_dict(policy: DiffusionLM) -> dict[str, Tensor]:
             value = (value.float() + layer.get_delta_weight("default").float()).to(value.dtype)
         merged[place] = value
     return merged
+
+
+def fingerprint(policy: DiffusionLM) -> str:
+    """A name for the policy's weights, the same in whatever dtype: adapters fit one set of weights only."""
+    digest = hashlib.sha256()
+    for parameter in policy.parameters():
+        flat = parameter.detach().flatten()
+        # Rounded alike: bfloat16 weights are found again in float32 and the reverse.
+        sample = flat[:: max(1, flat.numel() // _SAMPLES)].to("cpu", torch.bfloat16)
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _linear_layers(policy: DiffusionLM) -> list[str]:

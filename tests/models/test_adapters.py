@@ -12,6 +12,7 @@ from drift.models import (
     LoRAConfig,
     adapters_off,
     add_adapters,
+    fingerprint,
     load_policy,
     merged_state_dict,
     reference_of,
@@ -211,3 +212,15 @@ def test_the_saved_folder_is_that_of_a_policy_without_adapters(make_policy: Make
     with torch.no_grad():
         # Logits of size 10.
         torch.testing.assert_close(load_policy(found).logits(IDS), policy.logits(IDS), rtol=1e-5, atol=1e-4)
+
+
+def test_a_fingerprint_tells_weights_apart_and_not_their_dtype(make_policy: Make):
+    name = fingerprint(make_policy())
+    assert name == fingerprint(make_policy())
+    assert name != fingerprint(make_policy(seed=1))
+    low = make_policy()
+    torch.nn.Module.to(low, torch.bfloat16)
+    assert name == fingerprint(low)
+    with torch.no_grad():
+        low.blocks[1].ff_norm.weight[3] += 0.1
+    assert name != fingerprint(low)
