@@ -286,7 +286,10 @@ def test_a_value_of_the_wrong_type_names_the_key(error):
         (["--model.train_groups=3"], ["model.train_groups is 3", "data.prompts_per_step rolls out only 2"]),
         (["--rollout.completion_length=128"], ["completion_length is 128", "max_sequence_length of 128"]),
         (["--trainer.max_steps=-1"], ["trainer.max_steps is -1", "never ends; set the"]),
-        (["--data.chat_template=no.jinja"], ["data.chat_template is 'no.jinja'", "no such file", "give auto"]),
+        (
+            ["--data.chat_template=no.jinja"],
+            ["data.chat_template is 'no.jinja'", "no such file", "give auto"],
+        ),
         (
             ["--data.chat_template={{ messages[-1].content }}", "--data.system_prompt=Be brief."],
             ["data.system_prompt is 'Be brief.'", "takes no system turn", "unset it"],

@@ -85,7 +85,14 @@ def test_llada_math_command_runs_on_a_tiny_policy(playground):
     for name in ("MATH_train.json", "MATH500.json"):
         (playground / name).write_text(json.dumps(rows), encoding="utf-8")
     config = LLaDAConfig(
-        d_model=32, n_heads=2, n_layers=1, mlp_hidden_size=32, vocab_size=98, mask_token_id=1, pad_token_id=0
+        d_model=32,
+        n_heads=2,
+        n_layers=1,
+        mlp_hidden_size=32,
+        vocab_size=98,
+        mask_token_id=1,
+        pad_token_id=0,
+        eos_token_id=0,
     )
     LLaDA(config).save_pretrained(playground / "FOLDER")
     character_tokenizer().save_pretrained(playground / "FOLDER")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from datasets import Dataset
@@ -26,7 +27,7 @@ from drift.data.stream import (
 )
 from drift.data.template import PromptTemplate
 from drift.distributed import rank, share_of_rank, world_size
-from drift.models import load_tokenizer
+from drift.models import load_tokenizer, resolve_folder
 from drift.tasks import ProceduralTask, Task
 
 LongPrompts = Literal["error", "drop"]
@@ -109,6 +110,7 @@ class PromptDataModule(LightningDataModule):
         self.shuffle = shuffle
         self.seed = seed
         self.template: PromptTemplate
+        self.tokenizer_folder: Path  # both, once `setup` has run
         self.examples: list[Problem] = []  # the stage's first problems, to be shown and probed with
         self._first: list[Mapping[str, Any]] = []
         self._train: Rows | None = None
@@ -122,6 +124,7 @@ class PromptDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Loads the tokenizer and the rows that the stage needs, and checks every one of them."""
         path = self.tokenizer_path or self._policy_folder()
+        self.tokenizer_folder = resolve_folder(path, "data.tokenizer")
         tokenizer = load_tokenizer(path)
         if tokenizer.pad_token_id is None:
             raise ConfigError(
@@ -137,9 +140,6 @@ class PromptDataModule(LightningDataModule):
             self.chat_template,
             policy_config.get("model_type"),
         )
-        if self.template.chat is not None and (self.chat_template != "auto" or not tokenizer.chat_template):
-            # What is exported must be prompted as it was trained.
-            tokenizer.chat_template = self.template.chat.text
         train_groups = getattr(module, "train_groups", None)
         if stage == "fit" and train_groups is not None and train_groups > self.prompts_per_step:
             raise ConfigError(

@@ -47,6 +47,13 @@ class PromptTemplate:
         if self.chat is not None:
             require_usable(self.chat, chat_template, tokenizer, system_prompt)
 
+    @property
+    def added_chat_template(self) -> str | None:
+        """The jinja text that prompts are made with; None where it is the tokenizer's own."""
+        if self.chat is None or self.chat.text == self.tokenizer.chat_template:
+            return None
+        return self.chat.text
+
     def render(self, problem: Problem) -> str:
         """The text that the policy is prompted with, answer prefix included."""
         if self.chat is not None:

@@ -35,6 +35,7 @@ def write_folder(
     tokenizer: Path | None = None,
     dtype: ExportDType = "source",
     max_shard_size: str = "5GB",
+    chat_template: str | None = None,
 ) -> None:
     """Writes a policy's weights as a folder of the same tensor names, shapes and config keys as its source.
 
@@ -47,6 +48,7 @@ def write_folder(
         tokenizer: the folder of another tokenizer; None: the source's own.
         dtype: of the weights; `source` gives each tensor the one that it came in.
         max_shard_size: of one safetensors file, such as 5GB or 500MB.
+        chat_template: jinja text that the policy was prompted with; None: the tokenizer's own, or none.
 
     Raises:
         ConfigError: where an option is none, the folder holds something else, or the weights are not the
@@ -76,6 +78,8 @@ def write_folder(
         shutil.copyfile(file, new / name)
     if dtype != "source":
         _set_dtype(new / "config.json", dtype)
+    if chat_template is not None:
+        (new / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     _replace(new, folder)
 
 

@@ -1,11 +1,13 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 
 from drift.callbacks import ExportCallback, RolloutCallback
+from drift.contract import ConfigError
 from drift.data import PromptDataModule
-from drift.models import LoRAConfig, load_policy, load_tokenizer, merged_state_dict
+from drift.models import LoRAConfig, load_policy, load_tokenizer
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig
 from drift.rollout import DenoiseConfig
@@ -14,13 +16,19 @@ DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
 
 
 def train(
-    folder: Path, task, make_trainer, export: ExportCallback, dtype: str = "float32", **settings
+    folder: Path,
+    task,
+    make_trainer,
+    export: ExportCallback,
+    dtype: str = "float32",
+    chat_template: str = "auto",
+    **settings,
 ) -> RLDFModule:
     settings = {"optimizer": OptimizerConfig(lr=1e-3)} | settings
     module = RLDFModule(str(folder), dtype=dtype, **settings)
     rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
     trainer = make_trainer(2, callbacks=[rollout, export])
-    trainer.fit(module, datamodule=PromptDataModule(task, prompts_per_step=2))
+    trainer.fit(module, datamodule=PromptDataModule(task, prompts_per_step=2, chat_template=chat_template))
     return module
 
 
@@ -75,11 +83,20 @@ def test_adapters_are_merged_and_the_folder_is_a_policys(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * largest)
 
 
-def test_a_folder_may_be_written_over_by_what_was_trained_on_it(
+def test_the_policy_that_training_starts_from_is_not_written_over(
     tiny_folder, spread_task, make_trainer, tmp_path: Path
 ):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "p"))
-    module = train(folder, spread_task, make_trainer, ExportCallback(str(folder)), lora=LoRAConfig(rank=2))
-    again = load_policy(folder).state_dict()
-    merged = merged_state_dict(module.policy)
-    assert all(torch.equal(value, merged[name]) for name, value in again.items())
+    with pytest.raises(ConfigError, match="the policy's own; name another one"):
+        train(folder, spread_task, make_trainer, ExportCallback(str(folder)))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("of years")
+    with pytest.raises(ConfigError, match="which would be lost"):
+        train(folder, spread_task, make_trainer, ExportCallback(str(mine)))
+
+
+def test_a_chat_template_of_the_users_own_goes_along(tiny_folder, spread_task, make_trainer, tmp_path: Path):
+    text = "{% for turn in messages %}Q: {{ turn.content }}{% endfor %}"
+    train(tiny_folder, spread_task, make_trainer, ExportCallback(str(tmp_path / "p")), chat_template=text)
+    assert load_tokenizer(tmp_path / "p").chat_template == text

@@ -389,8 +389,11 @@ def test_the_chat_template_that_prompts_is_the_one_that_is_exported(
     expected = {"auto": automatic, "none": "one"}.get(setting, "<user]one<assistant]")
     assert prompts.template.render(prompts.examples[0]) == expected
     if expected != "one":
-        turns = [{"role": "user", "content": "one"}]
-        exported = prompts.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        turns, added = [{"role": "user", "content": "one"}], prompts.template.added_chat_template
+        assert (added is None) is (setting == "auto" and own is not None)
+        exported = prompts.tokenizer.apply_chat_template(
+            turns, chat_template=added, tokenize=False, add_generation_prompt=True
+        )
         assert exported == expected
 
 
