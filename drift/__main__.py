@@ -13,6 +13,7 @@ _COMMANDS = {
     "validate": "evaluate a policy on the validation prompts",
     "test": "evaluate a policy on the test prompts",
     "predict": "write answers to the test prompts",
+    "plan": "say how much memory a training run needs, before it is started",
 }
 
 
@@ -53,7 +54,7 @@ def main() -> None:
             f"drift: error: there is no command {arguments[0]!r}{_hint(arguments[0])} (commands: {known})"
         )
     else:
-        from drift.cli import run
+        from drift.commands import run
 
         run(arguments)
 

@@ -8,6 +8,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NoReturn
@@ -119,13 +120,36 @@ class DriftCLI(LightningCLI):
         """Leaves the settings alone: Lightning would take them from the checkpoint."""
 
 
+class _ParsedOnly(DriftCLI):
+    """Reads the settings of a command and makes nothing of them."""
+
+    def instantiate_classes(self) -> None:
+        """Makes nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs nothing."""
+
+
 def run(arguments: Sequence[str]) -> None:
     """Runs one command.
 
     Args:
         arguments: the command and what follows it, as on the command line.
     """
-    command, *rest = arguments
+    with errors_in_one_line():
+        _start(DriftCLI, *arguments)
+
+
+def parsed(arguments: Sequence[str]) -> Any:
+    """The settings that `drift fit` would run with, by their names; no policy and no data are looked for.
+
+    Args:
+        arguments: what follows the command, as on the command line.
+    """
+    return _start(_ParsedOnly, "fit", *arguments).config["fit"]
+
+
+def _start(kind: type[DriftCLI], command: str, *rest: str) -> DriftCLI:
     for message in _HARMLESS:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -133,17 +157,23 @@ def run(arguments: Sequence[str]) -> None:
             handler.addFilter(_is_news)
     module: type[PolicyModule] = SFTModule if command == "sft" else RLDFModule
     method = "fit" if command == "sft" else command
+    return kind(
+        module,
+        PromptDataModule,
+        args=[method, *_expanded(rest)],
+        parser_class=DriftParser,
+        parser_kwargs={"prog": "drift", "allow_abbrev": False, method: _parser_settings(command)},
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """A context whose foreseen errors end the process with one line."""
     try:
-        DriftCLI(
-            module,
-            PromptDataModule,
-            args=[method, *_expanded(rest)],
-            parser_class=DriftParser,
-            parser_kwargs={"prog": "drift", "allow_abbrev": False, method: _parser_settings(command)},
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_kwargs={"overwrite": True},
-        )
+        yield
     except SampleError as error:
         sys.exit(f"drift: stopped: {error}")
     except MisconfigurationException as error:

@@ -17,7 +17,7 @@ from drift.rollout.config import DenoiseConfig
 from drift.rollout.unmask import candidates, commits
 
 # Positions whose logits are expanded to the vocabulary at once.
-_CHUNK = 4096
+CHUNK_SIZE = 4096
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def _decode_block(
         key = fold(canvas.seeds[row], canvas.timestep[row], position)
         uniforms = uniform(torch.stack((fold(key, 0), fold(key, 1)), dim=1))
         token, prob, score = policy.head(
-            hidden[where[:, 0], where[:, 1]], _reader(policy, config), uniforms, chunk_size=_CHUNK
+            hidden[where[:, 0], where[:, 1]], _reader(policy, config), uniforms, chunk_size=CHUNK_SIZE
         )
         grid = score.new_zeros(masked.shape).masked_scatter_(masked, score)
         if num_passes == 0 and config.block_opening == "first_token":

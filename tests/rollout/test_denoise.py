@@ -167,7 +167,7 @@ def test_the_heads_chunks_change_nothing(
     chunk: int,
 ):
     whole = run(ending_policy, *prompts, CONFIGS[name])
-    monkeypatch.setitem(denoise.__wrapped__.__globals__, "_CHUNK", chunk)
+    monkeypatch.setitem(denoise.__wrapped__.__globals__, "CHUNK_SIZE", chunk)
     assert_same(run(ending_policy, *prompts, CONFIGS[name]), whole)
 
 

@@ -1,0 +1,149 @@
+"""Bytes that passes through a policy keep and need, counted from what the blocks and the head compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from drift.plan.settings import PlanSettings
+from drift.plan.sizes import PolicySizes
+from drift.rollout import DenoiseConfig
+
+FULL = 4  # bytes of a float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """Bytes of a number, by where it stands."""
+
+    residual: int  # residual stream and norms: as the norms' weights
+    compute: int  # what linear layers give
+    cast: bool  # linear layers compute from bfloat16 copies of float32 weights
+    adapter: int | None = None  # what adapters compute in; None: there are none, the weights are trained
+
+    @classmethod
+    def of_policy(cls, settings: PlanSettings) -> Numbers:
+        """Those of the policy in training."""
+        adapter = None
+        if settings.lora_rank is not None:
+            adapter = 2 if settings.autocast else settings.trained_bytes
+        return cls(
+            residual=settings.weight_bytes,
+            compute=settings.compute_bytes,
+            cast=settings.autocast and settings.weight_bytes == FULL,
+            adapter=adapter,
+        )
+
+    @classmethod
+    def of_reference(cls, settings: PlanSettings) -> Numbers:
+        """Those of the frozen reference."""
+        size = settings.reference_bytes
+        return cls(
+            residual=size,
+            compute=2 if settings.autocast else size,
+            cast=settings.autocast and size == FULL,
+        )
+
+
+def saved_by_block(sizes: PolicySizes, numbers: Numbers, rank: int = 0) -> int:
+    """What autograd keeps of one block for each position, copies of weights left out.
+
+    Args:
+        sizes: of the policy.
+        numbers: bytes of a number.
+        rank: of the adapters; 0: there are none.
+    """
+    width, compute = sizes.width, numbers.compute
+    trained = numbers.adapter is None
+    # What the layers that are trained take in: in `entering`, shared by them where no cast is needed.
+    entering = compute if numbers.adapter is None else numbers.adapter
+    shared = numbers.residual == entering and (trained or entering == FULL)
+    norms = 2 * (FULL * width + FULL + (numbers.residual * width if trained else 0))
+    inputs = (2 if shared else 5) * entering * width
+    # Queries, keys, values, the mixture, and the logarithm of each head's normaliser.
+    attention = compute * (2 * width + 2 * sizes.kv_width) + FULL * sizes.num_heads
+    feed_forward = compute * 3 * sizes.mlp_width + entering * sizes.mlp_width
+    extra = 0
+    if numbers.adapter is not None:
+        # Adapters take a cast copy of the mixture where it is not float32 already.
+        extra = numbers.adapter * (7 * rank + (0 if compute == entering == FULL else width))
+    return norms + inputs + attention + feed_forward + extra
+
+
+def saved_around_blocks(sizes: PolicySizes, numbers: Numbers) -> int:
+    """What is kept for each position beside the blocks: the last norm, its result, rotary tables, ids."""
+    trained = numbers.residual * sizes.width if numbers.adapter is None else 0
+    last = FULL * sizes.width + FULL + trained + numbers.residual * sizes.width
+    return last + 2 * FULL * sizes.head_width + 8
+
+
+def block_backward(sizes: PolicySizes, numbers: Numbers) -> int:
+    """What the backward pass of a block needs for each position beside what was saved, at most."""
+    return 2 * numbers.compute * sizes.mlp_width
+
+
+def norm_backward(sizes: PolicySizes) -> int:
+    """The same of a norm, which is computed in float32."""
+    return 5 * FULL * sizes.width
+
+
+def forward_work(sizes: PolicySizes, numbers: Numbers) -> int:
+    """What a pass without graph needs for each position at its peak, in one block."""
+    width, kv, residual, compute = sizes.width, sizes.kv_width, numbers.residual, numbers.compute
+    table = 2 * FULL * sizes.head_width + 8
+    projections = compute * (width + 2 * kv)
+    rotation = 3 * FULL if compute == FULL else 4 * FULL
+    attention = 2 * residual * width + max(rotation * width, compute * width + rotation * kv)
+    feed_forward = 3 * residual * width + 3 * compute * sizes.mlp_width
+    return table + projections + max(attention, feed_forward)
+
+
+def training_head(sizes: PolicySizes, numbers: Numbers, weight_bytes: int, states: int, chunk: int) -> int:
+    """Bytes that the head needs at its peak, in the backward pass of one chunk.
+
+    Args:
+        sizes: of the policy.
+        numbers: bytes of a number.
+        weight_bytes: bytes of one of the head's weights.
+        states: scored positions in all.
+        chunk: scored positions that are expanded to the vocabulary at once.
+    """
+    positions = min(states, chunk)
+    logits = positions * sizes.vocab_rows
+    copy = 2 * sizes.num_head if numbers.cast else 0
+    # float32 logits, legal logits, and three temporaries of their backward pass.
+    at_logits = 5 * FULL * logits
+    if numbers.adapter is not None:
+        return copy + at_logits
+    gradient = numbers.compute + (FULL if numbers.cast else 0)
+    # Of several chunks the gradients are summed up beside the weight's own.
+    summed = weight_bytes * sizes.num_head if states > chunk else 0
+    return copy + summed + max(at_logits, numbers.compute * logits + gradient * sizes.num_head)
+
+
+def scoring_head(sizes: PolicySizes, numbers: Numbers, states: int, chunk: int) -> int:
+    """Bytes that the head needs to score without a graph: logits, legal logits, one temporary."""
+    copy = 2 * sizes.num_head if numbers.cast else 0
+    return copy + 3 * FULL * min(states, chunk) * sizes.vocab_rows
+
+
+def sampling_head(sizes: PolicySizes, config: DenoiseConfig, rows: int, chunk: int) -> int:
+    """Bytes that the head and the choice of tokens need for the masked positions of a block.
+
+    Args:
+        sizes: of the policy.
+        config: temperature and filters.
+        rows: rows that are decoded at once.
+        chunk: positions that are expanded to the vocabulary at once.
+    """
+    logits = min(rows * config.block_length, chunk) * sizes.vocab_rows
+    if config.temperature == 0:
+        copies = 3  # logits, legal logits, one temporary of their sum
+    elif config.top_k is not None:
+        copies = 3  # and tempered ones, after that temporary
+    elif config.top_p is not None:
+        copies = 9  # and sorted ones, their 64-bit places, as much again while they are sorted
+    else:
+        copies = 5  # and tempered logits, probabilities, their running sum
+    if config.score == "neg_entropy":
+        copies = max(copies, 5)
+    return copies * FULL * logits

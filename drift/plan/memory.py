@@ -1,0 +1,251 @@
+"""The memory plan: bytes on each GPU in the three moments of a step, from settings alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from drift.logprobs import CHUNK_SIZE
+from drift.plan.activations import (
+    FULL,
+    Numbers,
+    block_backward,
+    forward_work,
+    norm_backward,
+    sampling_head,
+    saved_around_blocks,
+    saved_by_block,
+    scoring_head,
+    training_head,
+)
+from drift.plan.settings import PlanSettings
+from drift.plan.sizes import PolicySizes, Shape
+from drift.rollout import DenoiseConfig
+from drift.rollout.denoise import CHUNK_SIZE as ROLLOUT_CHUNK_SIZE
+
+GIB = 1024**3
+# The device's context and the ranks' channels; and what the allocator cannot use because it is in pieces.
+CONTEXT_BYTES = GIB
+FRAGMENTED_SHARE = 0.05
+
+
+def usable_bytes(gpu_memory: int) -> int:
+    """Bytes of a GPU's memory that tensors can have, after the reserve.
+
+    Args:
+        gpu_memory: bytes of the GPU.
+    """
+    return int(gpu_memory * (1 - FRAGMENTED_SHARE)) - CONTEXT_BYTES
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on each GPU; what is there in a moment adds up to the moment's peak."""
+
+    settings: PlanSettings
+    parameters: int  # the policy's, adapters included
+    gradients: int  # of all trained parameters, kept from the first micro-batch to the step
+    gradient_buckets: int  # their copies for communication, where each rank has the whole policy
+    optimizer: int  # two moments, and master weights; the step counters are on the host
+    reference: int
+    old_weights: int  # the weights that made the rollout, where it is trained on several times
+    cast_update: int  # bfloat16 copies of weights that the graph of an update keeps
+    cast_rollout: int  # the same during a rollout
+    gathered_update: int  # whole blocks and head, where each rank has a part of the policy
+    gathered_rollout: int  # the whole policy
+    activations: int  # saved for backward, of one micro-batch
+    head_update: int  # the chunk of logits in the backward pass
+    working_update: int  # what another moment of the update needs beyond the chunk of logits
+    step_temporaries: int  # of the optimizer
+    cache: int  # keys and values, of the longest prefix
+    head_rollout: int  # the chunk of logits
+    working_rollout: int  # what a rollout needs beyond the chunk of logits
+
+    @property
+    def resident(self) -> int:
+        """What is there at all times."""
+        return self.parameters + self.gradient_buckets + self.optimizer + self.reference + self.old_weights
+
+    @property
+    def update_peak(self) -> int:
+        """Peak of forward and backward passes."""
+        graph = self.cast_update + self.gathered_update + self.activations
+        return self.resident + self.gradients + graph + self.head_update + self.working_update
+
+    @property
+    def step_peak(self) -> int:
+        """Peak of the optimizer's step."""
+        return self.resident + self.gradients + self.step_temporaries
+
+    @property
+    def rollout_peak(self) -> int:
+        """Peak of a rollout; there are no gradients then."""
+        weights = self.resident + self.cast_rollout + self.gathered_rollout
+        return weights + self.cache + self.head_rollout + self.working_rollout
+
+    @property
+    def peak(self) -> int:
+        """The largest of the three."""
+        return max(self.update_peak, self.step_peak, self.rollout_peak)
+
+    def fits(self, gpu_memory: int) -> bool:
+        """Whether it fits, the reserve left free.
+
+        Args:
+            gpu_memory: bytes of the GPU.
+        """
+        return self.peak <= usable_bytes(gpu_memory)
+
+
+def plan_memory(settings: PlanSettings) -> MemoryPlan:
+    """The memory that a run needs on each GPU at worst: longest prompts, every row still decoding.
+
+    The weights that score a rollout again before its further updates are no peak of their own: they are there
+    when there is neither gradient nor graph.
+    """
+    policy, numbers = settings.policy, Numbers.of_policy(settings)
+    groups = _trained(settings)
+    base = [shape for group in policy.shapes for shape in group]
+    trained = [shape for group in groups for shape in group]
+    num_trained = _held(trained, settings)
+    adapters = 0 if settings.lora_rank is None else settings.trained_bytes * num_trained
+    gradients = settings.trained_bytes * num_trained
+    kept = settings.kept_reference
+    reference = [] if kept is None else [shape for group in kept.shapes for shape in group]
+    blocks = _cast_blocks(policy, numbers)
+    activations, head, working = _update(settings, numbers)
+    cache, head_rollout, working_rollout = _rollout(settings, numbers)
+    return MemoryPlan(
+        settings=settings,
+        parameters=settings.weight_bytes * _held(base, settings) + adapters,
+        gradients=gradients,
+        gradient_buckets=gradients if settings.num_gpus > 1 and not settings.sharded else 0,
+        optimizer=_state_bytes(settings) * num_trained,
+        reference=settings.reference_bytes * _held(reference, settings),
+        old_weights=gradients if settings.num_updates > 1 else 0,
+        cast_update=0 if settings.activation_checkpointing else blocks,
+        # Copies of frozen weights do not outlive the layer they are made for.
+        cast_rollout=blocks + 2 * policy.num_head * numbers.cast if numbers.adapter is None else 0,
+        gathered_update=_gathered(settings),
+        gathered_rollout=settings.weight_bytes * policy.num_parameters if settings.sharded else 0,
+        activations=activations,
+        head_update=head,
+        working_update=working,
+        step_temporaries=_step_temporaries(settings, groups),
+        cache=cache,
+        head_rollout=head_rollout,
+        working_rollout=working_rollout,
+    )
+
+
+def _trained(settings: PlanSettings) -> tuple[tuple[Shape, ...], ...]:
+    """Shapes of what is trained, by parameter group of the optimizer."""
+    if settings.lora_rank is None:
+        return settings.policy.shapes
+    return (settings.policy.adapters(settings.lora_rank, settings.lora_targets),)
+
+
+def _held(shapes: list[Shape] | tuple[Shape, ...], settings: PlanSettings) -> int:
+    """Numbers that the fullest rank holds: all, or its rows of every tensor."""
+    ranks = settings.num_gpus if settings.sharded else 1
+    return sum(-(-shape[0] // ranks) * prod(shape[1:]) for shape in shapes)
+
+
+def _state_bytes(settings: PlanSettings) -> int:
+    """Bytes of optimizer state for each trained parameter: two moments, and the master weight."""
+    return 3 * FULL if settings.master_weights else 2 * settings.trained_bytes
+
+
+def _step_temporaries(settings: PlanSettings, groups: tuple[tuple[Shape, ...], ...]) -> int:
+    if settings.master_weights:
+        # One parameter at a time: its gradient in float32, and the denominator, made in two steps.
+        return 3 * FULL * max(_held([shape], settings) for group in groups for shape in group)
+    # All denominators of a group at once.
+    return settings.trained_bytes * max(_held(group, settings) for group in groups)
+
+
+def _cast_blocks(sizes: PolicySizes, numbers: Numbers) -> int:
+    return 2 * sizes.num_linear if numbers.cast else 0
+
+
+def _gathered(settings: PlanSettings) -> int:
+    """What is outside the blocks; weights of two blocks, one fetched ahead; the gradient of one."""
+    if not settings.sharded:
+        return 0
+    policy, kept = settings.policy, settings.kept_reference
+    outside = policy.num_parameters - policy.num_blocks * policy.num_block_parameters
+    total = settings.weight_bytes * (outside + 3 * policy.num_block_parameters)
+    if kept is not None:
+        outside = kept.num_parameters - kept.num_blocks * kept.num_block_parameters
+        total += settings.reference_bytes * outside
+    return total
+
+
+def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
+    """Saved activations; the head's chunk; what another moment needs beyond it."""
+    policy = settings.policy
+    positions = settings.micro_batch_size * settings.length
+    scored = settings.micro_batch_size * min(settings.completion_length, settings.length)
+    rank = settings.lora_rank or 0
+    block = positions * saved_by_block(policy, numbers, rank)
+    around = positions * saved_around_blocks(policy, numbers)
+    # The scored states and their gradients.
+    around += 2 * scored * numbers.residual * policy.width
+    head = training_head(policy, numbers, settings.weight_bytes, scored, CHUNK_SIZE)
+    gradient = numbers.compute + (FULL if numbers.cast else 0)
+    weight = gradient * policy.width * policy.mlp_width if numbers.adapter is None else 0
+    backward = positions * block_backward(policy, numbers) + weight
+    moments = [positions * norm_backward(policy)]
+    saved = policy.num_blocks * block + around
+    if settings.activation_checkpointing:
+        saved = policy.num_blocks * positions * numbers.residual * policy.width + around
+        copies = _cast_blocks(policy, numbers)
+        backward += block + copies // policy.num_blocks
+        if numbers.adapter is None:
+            # The copies of all weights are there until the forward pass ends.
+            moments.append(copies + scoring_head(policy, numbers, scored, CHUNK_SIZE))
+    moments.append(backward)
+    if settings.beta > 0:
+        moments.append(_reference_pass(settings, numbers, positions, scored))
+    return saved, head, max(0, max(moments) - head)
+
+
+def _reference_pass(settings: PlanSettings, numbers: Numbers, positions: int, scored: int) -> int:
+    """What the frozen reference needs to score the micro-batch, beside its weights."""
+    sizes = settings.kept_reference or settings.reference or settings.policy
+    if settings.kept_reference is not None:
+        numbers = Numbers.of_reference(settings)
+    layer = 2 * sizes.width * sizes.mlp_width if numbers.cast else 0
+    body = positions * forward_work(sizes, numbers) + layer
+    states = positions * numbers.residual * sizes.width
+    return max(body, states + scoring_head(sizes, numbers, scored, CHUNK_SIZE))
+
+
+def _rollout(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
+    """Cache, head's chunk and what is needed beyond it, of training or evaluation, whichever needs more."""
+    rows = settings.prompts_per_step // settings.num_gpus * settings.group_size
+    length = settings.evaluation_length or settings.completion_length
+    return max(
+        _decoding(settings, numbers, settings.decode, rows, settings.completion_length),
+        _decoding(settings, numbers, settings.evaluation, settings.evaluation_batch_size, length),
+        key=sum,
+    )
+
+
+def _decoding(
+    settings: PlanSettings, numbers: Numbers, config: DenoiseConfig, rows: int, length: int
+) -> tuple[int, int, int]:
+    policy = settings.policy
+    rows = min(rows, settings.rollout_batch_size or rows)
+    total = min(settings.max_prompt_length + length, policy.max_length)
+    prefix = max(total - config.block_length, 0) if config.use_cache else 0
+    cache = 2 * policy.num_blocks * policy.kv_width * prefix * rows * numbers.compute
+    # The copy of a frozen weight is there while its layer computes; those of trained ones are counted apart.
+    copied = numbers.cast and numbers.adapter is not None
+    head = sampling_head(policy, config, rows, ROLLOUT_CHUNK_SIZE) + 2 * policy.num_head * copied
+    layer = 2 * policy.width * policy.mlp_width * copied
+    body = rows * total * forward_work(policy, numbers) + layer
+    states = rows * total * numbers.residual * policy.width
+    # Without a cache the states of one pass are there until the next one ends.
+    body += 0 if config.use_cache else states
+    return cache, head, max(states, body - head)
