@@ -1,0 +1,179 @@
+"""Reward of a program: the share of a problem's tests that it passes, run in a sandbox."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from time import monotonic
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drift.contract import ConfigError, Problem
+from drift.rewards.base import Reward
+from drift.rewards.code_tests import TestCode, split_tests
+from drift.rewards.inside.checker import GRACE_SECONDS, HELLO_SECONDS
+from drift.rewards.inside.values import encode
+from drift.rewards.sandbox import Sandbox, SandboxKind
+
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(\S*)[^\n]*\n?", re.MULTILINE)
+_LANGUAGES = ("python", "py", "python3")
+_VERDICT_BYTES = 1 << 20
+_START_SECONDS = 10.0  # a program's own clock starts with Python; this is for a process that stopped it
+
+
+class CodeReward(Reward):
+    """The share of `problem.row`'s tests that the completion's code passes, 0 to 1.
+
+    A row's tests are functions with assertions (`test_list`), of which each counts as one test, or inputs and the
+    outputs they must lead to (`test_input`, `test_output`), compared line by line without regard to spaces.
+    `test_time_limit` is the time of one test.
+
+    The code runs in one sandbox and the tests in another, and only plain values pass between them: what an
+    answer returns is compared where its own code has no say. It gets copies of the arguments, so changing them
+    in place has no effect on the tests. Ending the process, for whatever reason, fails all tests that are
+    left. Only Python's standard library can be imported.
+
+    Args:
+        all_or_nothing: 1.0 where all tests pass, else 0.0.
+        timeout_seconds: time for all tests of a completion, > 0; also the most that a single one may take.
+        memory_megabytes: memory of a completion's process, >= 64.
+        output_kilobytes: the most that a program may print, >= 1.
+        num_workers: completions judged at the same time, >= 1; None for as many as there are cores.
+        sandbox: "bwrap" keeps the code from network, files and other processes; "rlimits" only limits time and
+            memory, for machines without bubblewrap and answers that you would run yourself.
+
+    Raises:
+        ConfigError: an argument is out of its range, or the sandbox does not work on this machine.
+    """
+
+    def __init__(
+        self,
+        all_or_nothing: bool = False,
+        timeout_seconds: float = 10.0,
+        memory_megabytes: int = 512,
+        output_kilobytes: int = 1024,
+        num_workers: int | None = None,
+        sandbox: SandboxKind = "bwrap",
+    ) -> None:
+        if not 0 < timeout_seconds < math.inf:
+            raise ConfigError(f"timeout_seconds={timeout_seconds!r} of CodeReward must be greater than 0 and finite")
+        if output_kilobytes < 1:
+            raise ConfigError(f"output_kilobytes={output_kilobytes!r} of CodeReward must be at least 1")
+        if num_workers is not None and num_workers < 1:
+            raise ConfigError(f"num_workers={num_workers!r} of CodeReward must be at least 1, or null")
+        self.all_or_nothing = all_or_nothing
+        self.timeout_seconds = timeout_seconds
+        self.output_kilobytes = output_kilobytes
+        self.num_workers = num_workers
+        self._sandbox = Sandbox(sandbox, memory_megabytes)
+
+    def __call__(self, completions: Sequence[str], problems: Sequence[Problem]) -> Tensor:
+        """[N] float32 rewards on the CPU.
+
+        Raises:
+            RuntimeError: the sandbox does not start any more.
+        """
+        codes = [
+            extract_code(completion, problem.answer_prefix)
+            for completion, problem in zip(completions, problems, strict=True)
+        ]
+        # Equal answers to the same problem are run once. Problems are told apart by their identity.
+        pairs = {(code, id(problem)): problem for code, problem in zip(codes, problems, strict=True) if code}
+        with ThreadPoolExecutor(self.num_workers or os.cpu_count()) as threads:
+            shares = threads.map(self._share, [code for code, _ in pairs], pairs.values())
+            found = dict(zip(pairs, shares, strict=True))
+        values = [found.get((code, id(problem)), 0.0) for code, problem in zip(codes, problems, strict=True)]
+        return torch.tensor([float(v == 1.0) if self.all_or_nothing else v for v in values], dtype=torch.float32)
+
+    def _share(self, code: str, problem: Problem) -> float:
+        seconds = min(float(problem.row["test_time_limit"]), self.timeout_seconds)
+        if problem.row["test_method"] == "stdio":
+            return self._share_of_outputs(code, problem.row, seconds)
+        tests = _split(tuple(problem.row["test_list"]), problem.answer_prefix)
+        return self._share_of_assertions(code, tests, seconds)
+
+    def _share_of_assertions(self, code: str, tests: TestCode, seconds: float) -> float:
+        scripts = [(script.source, script.names) for script in tests.scripts]
+        task = encode((scripts, seconds, self.timeout_seconds))
+        cpu_seconds = math.ceil(self.timeout_seconds) + 2
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            answer = encode((code, seconds))
+            with (
+                self._sandbox.start("candidate", answer, theirs.fileno(), cpu_seconds, output=False),
+                self._sandbox.start("checker", task, ours.fileno(), cpu_seconds) as checker,
+            ):
+                # Each end lives in one process alone, so that either sees the other's end.
+                ours.close()
+                theirs.close()
+                patience = HELLO_SECONDS + self.timeout_seconds + 4 * GRACE_SECONDS
+                lines = (checker.read(patience, _VERDICT_BYTES) or b"").decode().split("\n")[:-1]
+        if lines[:1] != ["hello"]:
+            raise RuntimeError("a sandboxed process did not start in time: is this machine overloaded?")
+        verdicts = [line.split() for line in lines if line.startswith(("pass", "fail"))]
+        by_kind = {kind: [int(test) for word, test in verdicts if word == kind] for kind in ("pass", "fail")}
+        return tests.share(by_kind["pass"], by_kind["fail"])
+
+    def _share_of_outputs(self, code: str, row: Mapping[str, Any], seconds: float) -> float:
+        left, passed = self.timeout_seconds, 0
+        for given, expected in zip(row["test_input"], row["test_output"], strict=True):
+            limit = min(seconds, left)
+            if limit <= 0:
+                break
+            start = monotonic()
+            passed += _lines(self._output(code, given, limit)) == _lines(expected)
+            left -= monotonic() - start
+        return passed / len(row["test_input"])
+
+    def _output(self, code: str, given: str, seconds: float) -> str | None:
+        """What the program prints, None where it fails, takes too long or prints too much."""
+        program = encode((code, seconds))
+        with self._sandbox.start("program", given.encode(), program, math.ceil(seconds) + 2) as process:
+            printed = process.read(seconds + _START_SECONDS, self.output_kilobytes * 1024)
+            if printed is None or process.wait(GRACE_SECONDS) != 0:
+                return None
+        return printed.decode(errors="replace")
+
+
+@lru_cache(maxsize=4096)
+def _split(sources: tuple[str, ...], prefix: str) -> TestCode:
+    return split_tests(sources, prefix)
+
+
+def _lines(text: str | None) -> list[str] | None:
+    return None if text is None else [" ".join(line.split()) for line in text.strip().splitlines()]
+
+
+def extract_code(answer: str, prefix: str = "") -> str:
+    """The Python code of an answer, empty where there is none.
+
+    It is the last ```python block that is closed, else the last one that was begun. Where there is neither but
+    the answer was started with a prefix, it is what follows the prefix's last fence, up to the next one; a prefix
+    without any fence is code itself.
+
+    Args:
+        answer: the whole answer, prefix included.
+        prefix: what the answer was started with.
+    """
+    closed, begun, start = None, None, None
+    for fence in _FENCE.finditer(answer):
+        if fence[1].lower() in _LANGUAGES:
+            start = fence.end()  # within a block too: the answer begins anew
+        elif start is not None and not fence[1]:
+            closed, start = answer[start : fence.start()], None
+    if start is not None:
+        begun = answer[start:]
+    if closed is not None or begun is not None:
+        return closed if closed is not None else begun or ""
+    if not prefix or not answer.startswith(prefix):
+        return ""
+    fences = [fence.end() for fence in _FENCE.finditer(prefix)]
+    code = answer[fences[-1] if fences else 0 :]
+    return _FENCE.split(code, maxsplit=1)[0]

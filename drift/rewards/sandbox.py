@@ -1,0 +1,283 @@
+"""Processes that may run what a policy wrote: alone, limited in everything, and without a view of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from functools import cache
+from pathlib import Path
+from typing import IO, Literal, Self
+
+from drift.contract import ConfigError
+from drift.rewards.inside.values import encode
+from drift.rewards.sandbox_filter import MACHINES, filter_program
+
+SandboxKind = Literal["bwrap", "rlimits"]
+
+_INSIDE = Path(__file__).with_name("inside")
+# The same answer must get the same reward every time: sets of texts have the same order in every process.
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
+_START = """
+import sys
+sys.path.insert(0, {!r})
+from inside import candidate, checker, start
+del sys.path[0]
+start.main(sys.argv[1:])
+"""
+_SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/sbin", "/nix/store", "/etc/ld.so.cache")
+_DISK_BYTES = 16 * 1024**2  # of /tmp, in memory; also of a single file
+_KILL_SECONDS = 2.0
+_PROBE_SECONDS = 30
+_PROBE = "import os\ntry:\n    os.fork()\nexcept PermissionError:\n    print('alone')\n"
+_INSTALL = (
+    "install bubblewrap 0.7 or newer (apt install bubblewrap; it needs user namespaces, which some containers "
+    "forbid), or set sandbox: rlimits, which limits time and memory only, for answers that you would run yourself"
+)
+
+
+class Sandbox:
+    """Starts processes that limit themselves before they touch foreign code.
+
+    With "bwrap" they see the system's programs and Python, read-only, and an empty /tmp in memory; they have no
+    network, no other processes, an empty environment, and can start no process of their own. With "rlimits"
+    there are limits on time, memory and file size, and nothing else.
+
+    Args:
+        kind: what keeps the processes in.
+        memory_megabytes: address space of a process, >= 64.
+
+    Raises:
+        ConfigError: an argument is out of its range, or this machine has no such sandbox.
+    """
+
+    def __init__(self, kind: SandboxKind = "bwrap", memory_megabytes: int = 512) -> None:
+        if memory_megabytes < 64:
+            raise ConfigError(f"memory_megabytes={memory_megabytes!r} must be at least 64: Python needs that itself")
+        if kind not in ("bwrap", "rlimits"):
+            raise ConfigError(f"sandbox={kind!r} must be 'bwrap' or 'rlimits'")
+        self.kind: SandboxKind = kind
+        self.memory_megabytes = memory_megabytes
+        if kind == "bwrap":
+            _require_bwrap()
+            _probe(self)
+
+    def start(
+        self,
+        role: str,
+        stdin: bytes,
+        channel: int | bytes,
+        cpu_seconds: int,
+        output: bool = True,
+        errors: IO[bytes] | int = subprocess.DEVNULL,
+    ) -> SandboxProcess:
+        """A running process; close it, or use it as a context manager.
+
+        Args:
+            role: candidate, checker or program, see drift.rewards.inside.start.
+            stdin: what it reads.
+            channel: file descriptor that it gets besides its input, or the content of such a file.
+            cpu_seconds: limit of its computing time, >= 1.
+            output: whether anybody will read its output.
+            errors: where its error messages go.
+        """
+        with ExitStack() as stack:
+            if isinstance(channel, bytes):
+                channel = stack.enter_context(_file(channel)).fileno()
+            passed, command, info, folder = [channel], [], None, None
+            if self.kind == "bwrap":
+                info, info_write = os.pipe()
+                rules = _pipe_with(filter_program(platform.machine()))
+                stack.callback(os.close, info_write)
+                stack.callback(os.close, rules)
+                passed += [info_write, rules]
+                command = [*_bwrap(), "--info-fd", str(info_write), "--seccomp", str(rules), "--"]
+            else:
+                folder = tempfile.TemporaryDirectory()
+            numbers = [channel, cpu_seconds, self.memory_megabytes * 1024**2, _DISK_BYTES]
+            scripts = "/drift" if folder is None else str(_INSIDE.parent)
+            home = "/tmp" if folder is None else folder.name
+            process = subprocess.Popen(
+                [*command, *_python(), "-c", _START.format(scripts), role, *map(str, numbers)],
+                stdin=stack.enter_context(_file(stdin)),
+                stdout=subprocess.PIPE if output else subprocess.DEVNULL,
+                stderr=errors,
+                pass_fds=passed,
+                env={**_ENVIRONMENT, "HOME": home, "TMPDIR": home},
+                cwd="/" if folder is None else folder.name,
+                start_new_session=True,
+            )
+            return SandboxProcess(process, info, folder)
+
+
+class SandboxProcess:
+    """A process in its sandbox.
+
+    Args:
+        process: the outermost process.
+        info: file descriptor from which bubblewrap's report can be read; None without bubblewrap.
+        folder: removed at the end.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        info: int | None,
+        folder: tempfile.TemporaryDirectory[str] | None,
+    ) -> None:
+        self._process = process
+        self._info = info
+        self._folder = folder
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def read(self, seconds: float, max_bytes: int) -> bytes | None:
+        """What the process writes until it ends, or until the time is over; None where it is too much.
+
+        Args:
+            seconds: how long to wait.
+            max_bytes: the most that may come.
+        """
+        stdout = self._process.stdout
+        assert stdout is not None
+        deadline, data = time.monotonic() + seconds, bytearray()
+        with selectors.DefaultSelector() as selector:
+            selector.register(stdout, selectors.EVENT_READ)
+            while selector.select(max(0.0, deadline - time.monotonic())):
+                # Past the buffer of the pipe object: what it had read ahead, the selector would not see.
+                chunk = os.read(stdout.fileno(), 65536)
+                data += chunk
+                if len(data) > max_bytes:
+                    return None
+                if not chunk:
+                    break
+        return bytes(data)
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit status, None where the process is still running.
+
+        Args:
+            seconds: how long to wait.
+        """
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def close(self) -> None:
+        """Ends the process and everything it has started.
+
+        Raises:
+            RuntimeError: bubblewrap could not make the sandbox: nothing was run.
+        """
+        started = self._info is None
+        with ExitStack() as stack:
+            stack.callback(self._process.wait)
+            if self._folder is not None:
+                stack.callback(self._folder.cleanup)
+            if self._process.stdout is not None:
+                stack.callback(self._process.stdout.close)
+            if self._info is not None:
+                stack.callback(os.close, self._info)
+                started = self._end_first_process(self._info)
+            if self._info is None or self._process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+        if not started:
+            raise RuntimeError("bubblewrap could not make a sandbox, though it could before: is this machine full?")
+
+    def _end_first_process(self, info: int) -> bool:
+        """Whether the sandbox had been made; its end is what ends everything in it.
+
+        Bubblewrap collects that process and ends itself. Were both killed at once, the orphan would be left to
+        the init of a container, which may collect nobody.
+        """
+        running = self._process.poll() is None
+        with selectors.DefaultSelector() as selector:
+            selector.register(info, selectors.EVENT_READ)
+            # A sandbox that is just being made will report, or close the pipe.
+            report = os.read(info, 4096) if selector.select(_KILL_SECONDS if running else 0) else b""
+        if report and self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(json.loads(report)["child-pid"], signal.SIGKILL)
+            self.wait(_KILL_SECONDS)
+        return bool(report)
+
+
+def _file(data: bytes) -> IO[bytes]:
+    file = tempfile.TemporaryFile()  # noqa: SIM115: the caller closes it
+    file.write(data)
+    file.seek(0)
+    return file
+
+
+def _pipe_with(data: bytes) -> int:
+    """The reading end of a pipe that holds some data, less than a pipe's capacity."""
+    read, write = os.pipe()
+    os.write(write, data)
+    os.close(write)
+    return read
+
+
+def _python() -> list[str]:
+    return [os.path.realpath(sys.executable), "-P", "-s", "-S", "-B", "-X", "utf8"]
+
+
+@cache
+def _bwrap() -> tuple[str, ...]:
+    """The command up to the arguments that differ between processes."""
+    binds: list[str] = []
+    for path in dict.fromkeys((*_SYSTEM, sys.base_prefix)):
+        if Path(path).is_symlink():
+            binds += ["--symlink", str(Path(path).readlink()), path]
+        elif Path(path).exists() and not path.startswith("/usr/"):
+            binds += ["--ro-bind", path, path]
+    return (
+        shutil.which("bwrap") or "bwrap",
+        *("--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),
+        *("--die-with-parent", "--cap-drop", "ALL"),
+        *binds,
+        *("--ro-bind", str(_INSIDE), "/drift/inside"),
+        *("--dev", "/dev", "--remount-ro", "/dev"),
+        *("--size", str(_DISK_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"),
+    )
+
+
+def _require_bwrap() -> None:
+    if shutil.which("bwrap") is None:
+        raise ConfigError(f"sandbox='bwrap' needs bubblewrap, and there is no program bwrap: {_INSTALL}")
+    if platform.machine() not in MACHINES:
+        raise ConfigError(f"sandbox='bwrap' knows the machines {MACHINES}, not {platform.machine()!r}: {_INSTALL}")
+
+
+def _probe(sandbox: Sandbox) -> None:
+    """Runs a program that finds out whether it is alone.
+
+    Raises:
+        ConfigError: it cannot be run, or isn't alone.
+    """
+    reason = ""
+    with _file(b"") as errors:
+        try:
+            channel = encode((_PROBE, _PROBE_SECONDS))
+            with sandbox.start("program", b"", channel, _PROBE_SECONDS, errors=errors) as process:
+                said = process.read(_PROBE_SECONDS, 1000)
+        except RuntimeError as error:
+            said, reason = None, str(error)
+        errors.seek(0)
+        reason = errors.read(1000).decode(errors="replace").strip() or reason
+    if said != b"alone\n":
+        raise ConfigError(f"sandbox='bwrap' does not work here ({reason or 'it lets processes start'}): {_INSTALL}")
