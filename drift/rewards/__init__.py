@@ -1,12 +1,14 @@
 """Rewards: small classes that judge completions."""
 
 from drift.rewards.base import PerSampleReward, Reward
+from drift.rewards.code import CodeReward, extract_code
 from drift.rewards.countdown import CountdownReward
 from drift.rewards.format import FormatReward
 from drift.rewards.math import MathReward, extract_boxed
 from drift.rewards.sudoku import SudokuReward
 
 __all__ = [
+    "CodeReward",
     "CountdownReward",
     "FormatReward",
     "MathReward",
@@ -14,4 +16,5 @@ __all__ = [
     "Reward",
     "SudokuReward",
     "extract_boxed",
+    "extract_code",
 ]

@@ -31,14 +31,14 @@ _START_SECONDS = 10.0  # a program's own clock starts with Python; this is for a
 class CodeReward(Reward):
     """The share of `problem.row`'s tests that the completion's code passes, 0 to 1.
 
-    A row's tests are functions with assertions (`test_list`), of which each counts as one test, or inputs and the
+    A row's tests are code with assertions (`test_list`), of which each counts as one test, or inputs and the
     outputs they must lead to (`test_input`, `test_output`), compared line by line without regard to spaces.
-    `test_time_limit` is the time of one test.
+    `test_time_limit` is the time of one test in seconds.
 
     The code runs in one sandbox and the tests in another, and only plain values pass between them: what an
-    answer returns is compared where its own code has no say. It gets copies of the arguments, so changing them
-    in place has no effect on the tests. Ending the process, for whatever reason, fails all tests that are
-    left. Only Python's standard library can be imported.
+    answer returns is compared where its own code has no say. It gets copies of the arguments: changing them
+    in place has no effect on the tests. If its process ends, for whatever reason, all tests that are left
+    fail. Only Python's standard library can be imported.
 
     Args:
         all_or_nothing: 1.0 where all tests pass, else 0.0.
@@ -46,8 +46,8 @@ class CodeReward(Reward):
         memory_megabytes: memory of a completion's process, >= 64.
         output_kilobytes: the most that a program may print, >= 1.
         num_workers: completions judged at the same time, >= 1; None for as many as there are cores.
-        sandbox: "bwrap" keeps the code from network, files and other processes; "rlimits" only limits time and
-            memory, for machines without bubblewrap and answers that you would run yourself.
+        sandbox: "bwrap" keeps the code from network, files and other processes; "rlimits" only limits time
+            and memory, for machines without bubblewrap and answers that you would run yourself.
 
     Raises:
         ConfigError: an argument is out of its range, or the sandbox does not work on this machine.
@@ -63,7 +63,9 @@ class CodeReward(Reward):
         sandbox: SandboxKind = "bwrap",
     ) -> None:
         if not 0 < timeout_seconds < math.inf:
-            raise ConfigError(f"timeout_seconds={timeout_seconds!r} of CodeReward must be greater than 0 and finite")
+            raise ConfigError(
+                f"timeout_seconds={timeout_seconds!r} of CodeReward must be greater than 0 and finite"
+            )
         if output_kilobytes < 1:
             raise ConfigError(f"output_kilobytes={output_kilobytes!r} of CodeReward must be at least 1")
         if num_workers is not None and num_workers < 1:
@@ -90,13 +92,15 @@ class CodeReward(Reward):
             shares = threads.map(self._share, [code for code, _ in pairs], pairs.values())
             found = dict(zip(pairs, shares, strict=True))
         values = [found.get((code, id(problem)), 0.0) for code, problem in zip(codes, problems, strict=True)]
-        return torch.tensor([float(v == 1.0) if self.all_or_nothing else v for v in values], dtype=torch.float32)
+        return torch.tensor(
+            [float(v == 1.0) if self.all_or_nothing else v for v in values], dtype=torch.float32
+        )
 
     def _share(self, code: str, problem: Problem) -> float:
         seconds = min(float(problem.row["test_time_limit"]), self.timeout_seconds)
         if problem.row["test_method"] == "stdio":
             return self._share_of_outputs(code, problem.row, seconds)
-        tests = _split(tuple(problem.row["test_list"]), problem.answer_prefix)
+        tests = _split(tuple(problem.row["test_list"]), problem.row.get("prefix") or "")
         return self._share_of_assertions(code, tests, seconds)
 
     def _share_of_assertions(self, code: str, tests: TestCode, seconds: float) -> float:
@@ -154,9 +158,9 @@ def _lines(text: str | None) -> list[str] | None:
 def extract_code(answer: str, prefix: str = "") -> str:
     """The Python code of an answer, empty where there is none.
 
-    It is the last ```python block that is closed, else the last one that was begun. Where there is neither but
-    the answer was started with a prefix, it is what follows the prefix's last fence, up to the next one; a prefix
-    without any fence is code itself.
+    It is the last ```python block that is closed, else the last one that was begun. Where there is neither,
+    but the answer was started with a prefix, it is what follows the prefix's last fence, up to the next
+    one; a prefix without any fence is code itself.
 
     Args:
         answer: the whole answer, prefix included.

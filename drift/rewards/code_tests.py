@@ -1,8 +1,8 @@
 """Splits test code into its assertions, each of them one test, so that it says which of them hold.
 
-The tests run as they are written: every `assert`, wherever it stands, is wrapped so that it reports to `__drift__`
-(see drift.rewards.inside.checker) instead of ending the run. Names that neither the tests nor the code given to the
-policy define stand for functions of the answer.
+The tests run as they are written: every `assert`, wherever it stands, is wrapped so that it reports to
+`__drift__` (see drift.rewards.inside.checker) instead of ending the run. Names that neither the tests nor
+the code given to the policy define stand for functions of the answer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class TestCode:
 
     scripts: tuple[Script, ...]
     required: frozenset[int]  # tests that must be reached and hold
-    optional: frozenset[int]  # tests that count where they are reached: under an `if` or `except`, or `assert False`
+    optional: frozenset[
+        int
+    ]  # tests that count where they are reached: under an `if` or `except`, or `assert False`
 
     def share(self, passed: Iterable[int], failed: Iterable[int]) -> float:
         """The share of tests that hold, 0 to 1.

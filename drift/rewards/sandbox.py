@@ -1,4 +1,4 @@
-"""Processes that may run what a policy wrote: alone, limited in everything, and without a view of this machine."""
+"""Processes that may run what a policy wrote: alone, limited, and without a view of this machine."""
 
 from __future__ import annotations
 
@@ -12,25 +12,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Literal, Self
 
 from drift.contract import ConfigError
+from drift.rewards.inside import candidate, checker, start
 from drift.rewards.inside.values import encode
 from drift.rewards.sandbox_filter import MACHINES, filter_program
 
 SandboxKind = Literal["bwrap", "rlimits"]
 
 _INSIDE = Path(__file__).with_name("inside")
+# Importing the roles here compiles them, once for all sandboxes, which may not write.
+_MODULES = (candidate, checker, start)
 # The same answer must get the same reward every time: sets of texts have the same order in every process.
 _ENVIRONMENT = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
 _START = """
 import sys
 sys.path.insert(0, {!r})
-from inside import candidate, checker, start
+from inside import start
 del sys.path[0]
 start.main(sys.argv[1:])
 """
@@ -40,16 +42,16 @@ _KILL_SECONDS = 2.0
 _PROBE_SECONDS = 30
 _PROBE = "import os\ntry:\n    os.fork()\nexcept PermissionError:\n    print('alone')\n"
 _INSTALL = (
-    "install bubblewrap 0.7 or newer (apt install bubblewrap; it needs user namespaces, which some containers "
-    "forbid), or set sandbox: rlimits, which limits time and memory only, for answers that you would run yourself"
+    "install bubblewrap 0.7 or newer (apt install bubblewrap; it needs user namespaces, which some "
+    "containers forbid), or set sandbox: rlimits, which only limits time and memory"
 )
 
 
 class Sandbox:
     """Starts processes that limit themselves before they touch foreign code.
 
-    With "bwrap" they see the system's programs and Python, read-only, and an empty /tmp in memory; they have no
-    network, no other processes, an empty environment, and can start no process of their own. With "rlimits"
+    With "bwrap" they see the system's programs and Python, read-only, and an empty /tmp in memory; they
+    have no network, see no other process and can start none, and their environment is empty. With "rlimits"
     there are limits on time, memory and file size, and nothing else.
 
     Args:
@@ -62,7 +64,9 @@ class Sandbox:
 
     def __init__(self, kind: SandboxKind = "bwrap", memory_megabytes: int = 512) -> None:
         if memory_megabytes < 64:
-            raise ConfigError(f"memory_megabytes={memory_megabytes!r} must be at least 64: Python needs that itself")
+            raise ConfigError(
+                f"memory_megabytes={memory_megabytes!r} must be at least 64: Python needs that itself"
+            )
         if kind not in ("bwrap", "rlimits"):
             raise ConfigError(f"sandbox={kind!r} must be 'bwrap' or 'rlimits'")
         self.kind: SandboxKind = kind
@@ -197,13 +201,15 @@ class SandboxProcess:
                 with suppress(ProcessLookupError):
                     os.killpg(self._process.pid, signal.SIGKILL)
         if not started:
-            raise RuntimeError("bubblewrap could not make a sandbox, though it could before: is this machine full?")
+            raise RuntimeError(
+                "bubblewrap could not make a sandbox, though it could before: is this machine full?"
+            )
 
     def _end_first_process(self, info: int) -> bool:
         """Whether the sandbox had been made; its end is what ends everything in it.
 
-        Bubblewrap collects that process and ends itself. Were both killed at once, the orphan would be left to
-        the init of a container, which may collect nobody.
+        Bubblewrap collects that process and ends itself. Were both killed at once, the orphan would be left
+        to the init of a container, which may collect nobody.
         """
         running = self._process.poll() is None
         with selectors.DefaultSelector() as selector:
@@ -218,7 +224,7 @@ class SandboxProcess:
 
 
 def _file(data: bytes) -> IO[bytes]:
-    file = tempfile.TemporaryFile()  # noqa: SIM115: the caller closes it
+    file = tempfile.TemporaryFile()  # noqa: SIM115
     file.write(data)
     file.seek(0)
     return file
@@ -260,7 +266,9 @@ def _require_bwrap() -> None:
     if shutil.which("bwrap") is None:
         raise ConfigError(f"sandbox='bwrap' needs bubblewrap, and there is no program bwrap: {_INSTALL}")
     if platform.machine() not in MACHINES:
-        raise ConfigError(f"sandbox='bwrap' knows the machines {MACHINES}, not {platform.machine()!r}: {_INSTALL}")
+        raise ConfigError(
+            f"sandbox='bwrap' knows the machines {MACHINES}, not {platform.machine()!r}: {_INSTALL}"
+        )
 
 
 def _probe(sandbox: Sandbox) -> None:
@@ -280,4 +288,6 @@ def _probe(sandbox: Sandbox) -> None:
         errors.seek(0)
         reason = errors.read(1000).decode(errors="replace").strip() or reason
     if said != b"alone\n":
-        raise ConfigError(f"sandbox='bwrap' does not work here ({reason or 'it lets processes start'}): {_INSTALL}")
+        raise ConfigError(
+            f"sandbox='bwrap' does not work here ({reason or 'it lets processes start'}): {_INSTALL}"
+        )

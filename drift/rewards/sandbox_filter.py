@@ -1,8 +1,8 @@
 """The system calls that a sandboxed process may not make, as a program for the kernel (seccomp).
 
-A sandboxed process is alone: without fork, its limits of memory and time are those of the whole answer, for root
-too, whom the kernel exempts from limits on the number of processes. It gets no sockets, no shared memory, and none
-of the calls by which sandboxes have been left.
+A sandboxed process is alone: without fork, its limits of memory and time are those of the whole answer, for
+root too, whom the kernel exempts from limits on the number of processes. It gets no sockets, no shared
+memory, and none of the calls by which sandboxes have been left.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class _Machine:
     denied: tuple[int, ...]
 
 
-# Denied are, in this order: fork, vfork (x86-64 only); socket, shmget, msgget, semget, mq_open, memfd_create;
+# Denied are, a line each: fork, vfork (x86-64 only); socket, shmget, msgget, semget, mq_open, memfd_create;
 # ptrace, process_vm_readv, process_vm_writev; unshare, setns, mount, umount2, pivot_root, chroot,
-# open_by_handle_at; bpf, perf_event_open, userfaultfd; add_key, request_key, keyctl; init_module, finit_module,
-# kexec_load; and, with the same numbers everywhere: io_uring_setup, open_tree, move_mount, fsopen, mount_setattr.
+# open_by_handle_at; bpf, perf_event_open, userfaultfd; add_key, request_key, keyctl; init_module,
+# finit_module, kexec_load; and with the same numbers everywhere io_uring_setup, open_tree, move_mount,
+# fsopen, mount_setattr.
 _EVERYWHERE = (425, 428, 429, 430, 442)
 _MACHINES = {
     "x86_64": _Machine(

@@ -1,10 +1,11 @@
 """Tasks: from dataset rows to problems, each with the reward that judges it."""
 
 from drift.tasks.base import Task
+from drift.tasks.code import CodeTask
 from drift.tasks.countdown import CountdownTask
 from drift.tasks.math import MathTask
 from drift.tasks.procedural import ProceduralTask
 from drift.tasks.scoring import score
 from drift.tasks.sudoku import SudokuTask
 
-__all__ = ["CountdownTask", "MathTask", "ProceduralTask", "SudokuTask", "Task", "score"]
+__all__ = ["CodeTask", "CountdownTask", "MathTask", "ProceduralTask", "SudokuTask", "Task", "score"]

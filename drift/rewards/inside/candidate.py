@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import _signal  # what the signal module adds to it, an enum, costs as much as the rest of the process
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+from .alarm import OutOfTime, interrupt_after, stop
 from .channel import receive, send
 from .values import decode, encode
 
+TYPE_CHECKING = False  # loading typing takes longer than all the rest
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
-
-_AGAIN_SECONDS = 0.05  # a bare `except:` in a loop may swallow the first interruption
-
-
-class OutOfTime(BaseException):
-    """Interrupts an answer whose time is up."""
 
 
 def answer_module(name: str) -> dict[str, Any]:
@@ -54,15 +48,13 @@ def _call(namespace: dict[str, Any], name: str, args: tuple[Any, ...], kwargs: d
 def _attempt(action: Callable[[], object], seconds: float) -> bytes:
     try:
         try:
-            _signal.signal(_signal.SIGALRM, _interrupt)
-            _signal.setitimer(_signal.ITIMER_REAL, max(seconds, 0.001), _AGAIN_SECONDS)
+            interrupt_after(seconds)
             # Encoding counts as part of the call: it may fail, or run the answer's code for an iterator.
             return encode(("value", action()))
         finally:
-            _signal.setitimer(_signal.ITIMER_REAL, 0)
-            _signal.signal(_signal.SIGALRM, _signal.SIG_IGN)
+            stop()
     except OutOfTime:
-        _signal.setitimer(_signal.ITIMER_REAL, 0)  # it may have come before the timer was stopped
+        stop()  # it may have come just before the first stop
         return encode(("late",))
     except BaseException as error:
         return encode(("error", type(error).__name__, _text(error)))
@@ -73,7 +65,3 @@ def _text(error: BaseException) -> str:
         return str(error)[:1000]
     except Exception:
         return "an error without a text"
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise OutOfTime

@@ -5,16 +5,16 @@ The tests were rewritten by drift.rewards.code_tests: they report to an object n
 
 from __future__ import annotations
 
-import _signal  # what the signal module adds to it, an enum, costs as much as the rest of the process
 import builtins
-from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING
 
+from .alarm import end_after
 from .channel import receive, send
 from .values import decode, encode
 
+TYPE_CHECKING = False  # loading typing takes longer than all the rest
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from typing import Any
 
 HELLO_SECONDS = 30.0  # to start the candidate's process, on the busiest machine
@@ -22,7 +22,7 @@ GRACE_SECONDS = 0.5  # a candidate interrupts its own calls in time, unless its 
 
 
 class Gone(BaseException):
-    """The answer gives no value: its process has ended or its time is up. No test may catch that by chance."""
+    """The answer's process has ended or its time is up. No `except Exception` in a test may catch that."""
 
 
 class AnswerError(Exception):
@@ -182,8 +182,8 @@ def check(
     if receive(fd, HELLO_SECONDS) != encode("hello"):
         return
     put("hello")
-    # The tests may compute too long by themselves with what the answer gave. Nobody catches it: the process ends.
-    _signal.setitimer(_signal.ITIMER_REAL, total_seconds + 2 * GRACE_SECONDS)
+    # With what the answer gave, the tests may compute too long by themselves.
+    end_after(total_seconds + 2 * GRACE_SECONDS)
     clock = Clock(seconds, total_seconds)
     answer = Answer(fd, clock)
     if answer.load():

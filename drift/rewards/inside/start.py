@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import _signal  # what the signal module adds to it, an enum, costs as much as the rest of the process
 import os
 import resource
 import sys
-from collections.abc import Sequence
 
+from .alarm import end_after
 from .values import decode
+
+TYPE_CHECKING = False  # loading typing takes longer than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str]) -> None:
     """Plays a role until the input or the time ends.
 
     Args:
-        arguments: the role (candidate, checker or program), the file descriptor of its socket (of a program: of
-            its code), and the limits: seconds of CPU time, bytes of memory, bytes of a file.
+        arguments: the role (candidate, checker or program), the file descriptor of its socket (of its code,
+        for
+            a program), and the limits: seconds of CPU time, bytes of memory, bytes of a file.
     """
     role, *numbers = arguments
     fd, cpu_seconds, memory_bytes, file_bytes = (int(number) for number in numbers)
@@ -43,7 +47,7 @@ def _run_program(fd: int) -> None:
 
     code, seconds = _payload(fd)
     sys.argv[:] = ["answer.py"]
-    _signal.setitimer(_signal.ITIMER_REAL, seconds)  # nobody catches it: the process ends
+    end_after(seconds)
     exec(compile(code, "answer.py", "exec"), answer_module("__main__"))
 
 

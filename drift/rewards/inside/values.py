@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # loading typing takes longer than all the rest
+TYPE_CHECKING = False  # loading typing takes longer than all the rest
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
     from typing import Any
 
 _MAX_ITEMS = 1 << 17  # of an iterator that a function returns

@@ -1,0 +1,33 @@
+"""Time limits that a process sets for itself."""
+
+from __future__ import annotations
+
+# The signal module itself would add an enum, which takes as long to load as all the rest.
+import _signal as signal  # pyright: ignore[reportMissingImports]
+
+_AGAIN_SECONDS = 0.05  # a bare `except:` in a loop may swallow the first interruption
+
+
+class OutOfTime(BaseException):
+    """Interrupts what takes too long."""
+
+
+def end_after(seconds: float) -> None:
+    """Ends this process after some seconds, unless its code prevents that."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def interrupt_after(seconds: float) -> None:
+    """Raises OutOfTime after some seconds, and again, until `stop` is called."""
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), _AGAIN_SECONDS)
+
+
+def stop() -> None:
+    """Interrupts nothing any more."""
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise OutOfTime
