@@ -47,6 +47,18 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
+def bwrap() -> None:
+    """Skips where bubblewrap can make no sandbox."""
+    from drift.contract import ConfigError
+    from drift.rewards.sandbox import Sandbox
+
+    try:
+        Sandbox()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def oracle() -> ModuleType:
     """tests/oracle.py: the method in plain loops. Importlib mode doesn't put tests/ on the path."""
     spec = importlib.util.spec_from_file_location("oracle", Path(__file__).with_name("oracle.py"))

@@ -254,7 +254,9 @@ def _bwrap() -> tuple[str, ...]:
     return (
         shutil.which("bwrap") or "bwrap",
         *("--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),
-        *("--die-with-parent", "--cap-drop", "ALL"),
+        # As the first process of its namespace the command is bubblewrap's own child, which it collects. Another
+        # one in between would be left to the init of a container, which may collect nobody.
+        *("--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"),
         *binds,
         *("--ro-bind", str(_INSIDE), "/drift/inside"),
         *("--dev", "/dev", "--remount-ro", "/dev"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import sys
 
 from .alarm import OutOfTime, interrupt_after, stop
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 def answer_module(name: str) -> dict[str, Any]:
     """The namespace of a new module, known under its name to those who look for it, such as dataclasses."""
+    # Python's start without its site module, which is slow, leaves these out.
+    builtins.exit = builtins.quit = sys.exit
     module = sys.modules[name] = type(sys)(name)
     return module.__dict__
 
