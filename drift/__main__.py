@@ -13,6 +13,8 @@ _COMMANDS = {
     "validate": "evaluate a policy on the validation prompts",
     "test": "evaluate a policy on the test prompts",
     "predict": "write answers to the test prompts",
+    "doctor": "check a policy before anything is trained with it",
+    "export": "write a checkpoint's policy as a Hugging Face folder",
     "plan": "say how much memory a training run needs, before it is started",
 }
 

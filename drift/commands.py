@@ -8,10 +8,15 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import torch
+
 from drift import cli
 from drift.contract import ConfigError
+from drift.doctor import examine_folder, failures, table
+from drift.export import export
 from drift.plan import PlanSettings, advice, plan_memory, policy_sizes, report
 from drift.plan.memory import GIB
+from drift.policy_module import DType
 from drift.rollout import DenoiseConfig
 
 _PLAN_HELP = """\
@@ -78,6 +83,35 @@ def plan(arguments: Sequence[str]) -> None:
     sys.stdout.write(report(found, gpu_memory, None if fits else advice(found.settings, gpu_memory)))
 
 
+def doctor(path: str, tokenizer: str | None = None, dtype: DType = "float32") -> None:
+    """Checks a policy before anything is trained with it; where one fails the exit status is 1.
+
+    Args:
+        path: a Hugging Face folder, the bare name of a policy that comes with drift, or a hub id.
+        tokenizer: another folder to take the tokenizer from; None: the policy's own.
+        dtype: to load the weights in.
+    """
+    checks = examine_folder(path, tokenizer, getattr(torch, dtype))
+    sys.stdout.write(f"{table(checks)}\n")
+    if failures(checks):
+        sys.exit(1)
+
+
+def _called(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
+    """A command whose options are a function's arguments."""
+
+    def run(arguments: Sequence[str]) -> None:
+        name = function.__name__
+        usage = f"drift {name} [--KEY VALUE ...]"
+        parser = cli.DriftParser(
+            f"drift {name}", usage=usage, description=(function.__doc__ or "").partition("\n")[0]
+        )
+        parser.add_function_arguments(function)
+        function(**vars(parser.parse_args(list(arguments))))
+
+    return run
+
+
 def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
     """What the memory plan needs of the settings of a training run.
 
@@ -130,4 +164,8 @@ def _number(key: str, text: str, *, whole: bool) -> float:
     return value
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"plan": plan}
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "plan": plan,
+    "doctor": _called(doctor),
+    "export": _called(export),
+}

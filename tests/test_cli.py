@@ -114,7 +114,7 @@ def test_an_unknown_command_suggests_the_nearest(command: str, nearest: str):
 def test_help_names_every_command_there_is():
     from drift.__main__ import _COMMANDS, usage
 
-    assert list(_COMMANDS) == ["fit", "sft", "validate", "test", "predict"]
+    assert list(_COMMANDS) == ["fit", "sft", "validate", "test", "predict", "doctor", "export", "plan"]
     assert all(f"\n  {name} " in usage() for name in _COMMANDS)
 
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -13,15 +14,19 @@ from drift.data import PromptDataModule
 from drift.losses import LossConfig
 from drift.models.characters import character_tokenizer
 from drift.module import RLDFModule
+from drift.rewards import CodeReward, MathReward
 from drift.rollout import DenoiseConfig
 from drift.samplers import TimestepSampler, WeightedSampler
 from drift.sft import SFTModule
-from drift.tasks import MathTask
+from drift.tasks import CodeTask, MathTask
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 SAMPLERS = ["all_mask", "coupled_mask", "full", "random_mask", "uniform", "weighted"]
-RECIPES = {"llada_math": "fit", "quickstart": "fit", "sudoku_base": "sft"}
+PAPER = [f"{family}_{task}" for family in ("llada", "dream") for task in ("math", "code")]
+RECIPES = {"quickstart": "fit", "sudoku_base": "sft"} | {
+    f"{name}{lora}": "fit" for name in PAPER for lora in ("", "_lora")
+}
 NAMES = ["base", "evaluate", "predict", *RECIPES, *(f"sampler/{name}" for name in SAMPLERS)]
 
 
@@ -51,7 +56,7 @@ def instantiate(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_config_is_known_here():
     assert {file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in FILES} == set(NAMES)
-    assert len(FILES) == 12
+    assert len(FILES) == 19
     assert set(shipped_configs()) == set(NAMES)
 
 
@@ -63,7 +68,8 @@ def test_every_config_says_what_it_is_for(file: Path):
 
 @pytest.mark.parametrize(("name", "command"), RECIPES.items())
 def test_every_recipe_instantiates(instantiate, name: str, command: str):
-    cli = instantiate(command, "--config", name, "--trainer.precision=32-true")
+    require_sandbox("code" if "code" in name else "")
+    cli = instantiate(command, "--config", name)
     assert type(cli.model) is {"fit": RLDFModule, "sft": SFTModule}[command]
     assert isinstance(cli.datamodule, PromptDataModule)
     assert any(isinstance(callback, RolloutCallback) for callback in cli.trainer.callbacks)
@@ -109,65 +115,134 @@ def test_the_base_is_safe_and_counts_steps(instantiate):
     assert cli.trainer.check_val_every_n_epoch is None
 
 
-def test_llada_math_has_the_papers_settings(instantiate):
-    cli = instantiate("fit", "--config=llada_math")
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings(instantiate, name: str):
+    family, task = name.split("_")
+    dream = family == "dream"
+    require_sandbox(task)
+    cli = instantiate("fit", f"--config={name}")
     module, data = cli.model, cli.datamodule
     (rollout,) = [callback for callback in cli.trainer.callbacks if isinstance(callback, RolloutCallback)]
     optimizer, loss = module.optimizer_config, module.loss
-    assert (optimizer.lr, tuple(optimizer.betas), optimizer.weight_decay) == (1e-6, (0.9, 0.999), 0.0)
+    assert (optimizer.lr, tuple(optimizer.betas)) == (1e-6, (0.9, 0.999))
+    assert optimizer.weight_decay == (0.01 if dream else 0.0)
     assert (optimizer.gradient_clip, optimizer.warmup_steps, optimizer.schedule) == (1.0, 0, "constant")
-    assert cli.trainer.precision == "bf16-mixed"
+    assert (module.policy_dtype, optimizer.master_weights) == (torch.bfloat16, True)
     assert type(module.sampler) is WeightedSampler
     assert (module.sampler.k, module.sampler.temperature) == (4, 1.0)
-    assert loss == LossConfig(tau=0.6, kl="k3", beta=0.01, normalisation="token", entropy_coeff=0.0)
+    beta, normalisation = (0.04, "sample") if dream else (0.01, "token")
+    assert loss == LossConfig(tau=0.6, kl="k3", beta=beta, normalisation=normalisation, entropy_coeff=0.0)
     assert (module.num_updates, module.train_groups) == (1, 4)
     assert (rollout.group_size, data.prompts_per_step) == (4, 8)
     assert (rollout.completion_length, rollout.evaluation_length) == (256, 256)
     common = {"block_length": 32, "threshold": 0.9, "use_cache": True, "horizon": 128}
-    assert rollout.decode == DenoiseConfig(temperature=1.0, **common)
+    if dream:
+        common["block_opening"] = "first_token"
+    assert rollout.decode == DenoiseConfig(temperature=1.0, top_p=0.95 if dream else None, **common)
     assert rollout.evaluation == DenoiseConfig(temperature=0.0, **common)
-    assert isinstance(data.task, MathTask)
-    assert "boxed{}" in data.task.instruction
-    given = yaml.safe_load((ROOT / "configs" / "llada_math.yaml").read_text())
-    assert given["model"]["policy"] == "GSAI-ML/LLaDA-8B-Instruct"
+    assert type(data.task) is {"math": MathTask, "code": CodeTask}[task]
+    given = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())
+    hub = {"llada": "GSAI-ML/LLaDA-8B-Instruct", "dream": "Dream-org/Dream-v0-Instruct-7B"}
+    assert given["model"]["policy"] == hub[family]
 
 
-def test_llada_math_trains_resumes_and_tests(golden: Path, shared: Path, tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize("name", PAPER)
+def test_with_adapters_only_what_adapters_need_differs(name: str):
+    plain, lora = (
+        yaml.safe_load((ROOT / "configs" / f"{name}{ending}.yaml").read_text()) for ending in ("", "_lora")
+    )
+    assert lora["model"].pop("lora") == {"rank": 64, "alpha": 64}
+    assert lora["model"]["optimizer"].pop("lr") == 1e-5
+    assert plain["model"]["optimizer"].pop("lr") == 1e-6
+    assert plain["model"]["optimizer"].pop("master_weights")
+    for config in (plain, lora):
+        config["trainer"]["logger"]["init_args"].pop("name")
+    assert plain == lora
+
+
+def require_sandbox(task: str) -> None:
+    if task == "code" and shutil.which("bwrap") is None:
+        pytest.skip("needs bubblewrap (bwrap), which the code reward runs answers in")
+
+
+@pytest.fixture
+def tiny_run(golden: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Arguments that put a recipe onto a recorded tiny checkpoint: nothing but paths and sizes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    policy = tmp_path / "policy"
-    policy.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        (policy / name).write_bytes((golden / "models" / "llada_tiny" / name).read_bytes())
-    character_tokenizer(512, pad_token_id=480, mask_token_id=500).save_pretrained(policy)
-    for name, num in (("MATH_train", 12), ("MATH500", 4)):
-        rows = json.loads((shared / "data" / f"{name}.json").read_text())
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows[:num]))
-    # One token a character: longer prompts are dropped, as the recipe says.
-    rows = json.loads((tmp_path / "MATH500.json").read_text())
+
+    def make(name: str) -> list[str]:
+        family, task, *_ = name.split("_")
+        require_sandbox(task)
+        policy = tmp_path / "policy"
+        policy.mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (policy / file).write_bytes((golden / "models" / f"{family}_tiny" / file).read_bytes())
+        size, pad, mask = {"llada": (512, 480, 500), "dream": (506, 490, 505)}[family]
+        character_tokenizer(size, pad_token_id=pad, mask_token_id=mask).save_pretrained(policy)
+        train, test = {"math": ("MATH_train", "MATH500"), "code": ("MBPP_train", "HumanEval")}[task]
+        for file in {train, test, "MBPP"}:
+            rows = json.loads((shared / "data" / f"{file}.json").read_text())
+            (tmp_path / f"{file}.json").write_text(json.dumps(rows[:12]))
+        # One token a character: longer prompts are dropped, as the recipe says.
+        longest = {"math": 190, "code": 700}[task]
+        return [
+            f"--config={name}",
+            f"--model.policy={policy}",
+            f"--data.train.path={tmp_path / train}.json",
+            f"--data.validation.path={tmp_path / (test if task == 'math' else 'MBPP')}.json",
+            f"--data.test.path={tmp_path / test}.json",
+            "--data.validation.limit=4",
+            "--data.test.limit=4",
+            f"--data.max_prompt_length={longest}",
+            "--data.prompts_per_step=2",
+            "--data.evaluation_batch_size=4",
+            "--model.train_groups=1",
+            "--rollout.group_size=2",
+            "--rollout.completion_length=64",
+            "--trainer.accelerator=cpu",
+            "--trainer.val_check_interval=3",
+            f"--trainer.logger.save_dir={tmp_path / 'runs'}",
+            "--progress.refresh_rate=0",
+        ]
+
+    return make
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith(("llada", "dream"))])
+def test_every_recipe_takes_a_step(
+    tiny_run, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, name: str
+):
+    reward = CodeReward if "code" in name else MathReward
+    judge = reward.__call__
+
+    def judge_kindly(self, completions, problems):
+        # Random weights never answer right: one of each pair is given something, so that there is a gradient.
+        return judge(self, completions, problems) + 0.5 * (torch.arange(len(completions)) % 2)
+
+    monkeypatch.setattr(reward, "__call__", judge_kindly)
+    arguments = tiny_run(name)
+    run(["fit", *arguments, "--trainer.max_steps=1"])
+    folder = tmp_path / "runs" / name / "version_0"
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 1
+    states = checkpoint["optimizer_states"][0]["state"].values()
+    assert any(float(state["exp_avg"].abs().max()) > 0 for state in states)
+    if name.endswith("_lora"):
+        assert all(".lora_" in key for key in checkpoint["state_dict"])
+    else:
+        assert all(state["master"].dtype == torch.float32 for state in states)
+    shown = capsys.readouterr().out
+    assert "first training prompt" in shown
+    assert ("```python" in shown) is ("code" in name)
+
+
+def test_llada_math_trains_resumes_and_tests(tiny_run, tmp_path: Path):
+    arguments = tiny_run("llada_math")
+    rows = json.loads((tmp_path / "MATH500.json").read_text())[:4]
     tests = [MathTask().problem(row).prompt for row in rows]
     num_tests = sum(len(prompt) <= 190 for prompt in tests)
     assert 0 < num_tests < 4
-    arguments = [
-        "--config=llada_math",
-        f"--model.policy={policy}",
-        f"--data.train.path={tmp_path / 'MATH_train.json'}",
-        f"--data.validation.path={tmp_path / 'MATH500.json'}",
-        f"--data.test.path={tmp_path / 'MATH500.json'}",
-        "--data.validation.limit=4",
-        "--data.test.limit=4",
-        "--data.max_prompt_length=190",
-        "--data.prompts_per_step=2",
-        "--data.evaluation_batch_size=4",
-        "--model.train_groups=1",
-        "--model.micro_batch_size=16",
-        "--rollout.group_size=2",
-        "--rollout.completion_length=64",
-        "--trainer.accelerator=cpu",
-        "--trainer.val_check_interval=3",
-        f"--trainer.logger.save_dir={tmp_path / 'runs'}",
-        "--progress.refresh_rate=0",
-    ]
     folder = tmp_path / "runs" / "llada_math"
     run(["fit", *arguments, "--trainer.max_steps=2"])
     last = folder / "version_0" / "checkpoints" / "last.ckpt"

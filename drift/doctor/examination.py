@@ -116,38 +116,41 @@ def _likelihoods(
     policy: DiffusionLM, tokenizer: PreTrainedTokenizerFast, groups: list[list[Probe]]
 ) -> Iterator[Check]:
     """Does the head answer for its own position, and is the mask token the one that it was trained with?"""
-    ids, mask, asked, rows = _best_known(policy, groups)
+    batch, rows, chance = _best_known(policy, groups)
     aligned = rows.pop(0)
-    gains = {move: _compare(other, aligned) for move, other in rows.items()}
-    losses = [_compare(aligned, other) for other in rows.values()]
-    known = all(surely for surely, _ in losses)
-    better = max((move for move in gains if gains[move][0]), key=lambda move: gains[move][1], default=None)
+    gains = {move: _gain(other, aligned, chance) for move, other in rows.items()}
+    better = max((move for move in gains if gains[move]), key=lambda move: gains[move], default=None)
+    losses = [_gain(aligned, other, chance) for other in rows.values()]
     said = f"masked tokens of known texts: {aligned.mean().item():.2f} nats each"
     if better is not None:
-        yield _shifted(policy, better, gains[better][1])
-    elif known:
-        gain = min(gain for _, gain in losses)
-        yield Check(name="shift", status="ok", found=f"{said}, {gain:.1f} better than the rows beside")
+        yield _shifted(policy, better, gains[better])
+    elif all(losses):
+        yield Check(name="shift", status="ok", found=f"{said}, {min(losses):.1f} better than the rows beside")
     else:
-        found = f"{said}, no better than the rows beside (a fresh or very small policy?)"
+        found = f"{said}, as a guess would be (a fresh or very small policy?)"
         yield Check(name="shift", status="unsure", found=found)
-    yield _mask_id(policy, tokenizer, (ids, mask, asked), aligned, known)
+    yield _mask_id(policy, tokenizer, batch, aligned, chance)
 
 
 def _best_known(
     policy: DiffusionLM, groups: list[list[Probe]]
-) -> tuple[Tensor, Tensor, Tensor, dict[int, Tensor]]:
-    """The batch of those probes that the policy knows best, and their scores by row of the head."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[int, Tensor], float]:
+    """The batch of those probes that the policy knows best, their scores by row of the head, and `chance`.
+
+    The last is what the best guess without context would score: it says how much there is to know.
+    """
     found = []
     for texts in groups:
         ids, mask, asked = (t.to(policy.device) for t in batch_of(texts, policy.pad_token_id))
         # The neighbours of the asked positions must exist, for what their rows of the head say.
         asked[:, -1] = False
         rows = {move: _scores(policy, ids, mask, asked, policy.mask_token_id, move) for move in (0, -1, 1)}
+        share = ids[asked].unique(return_counts=True)[1] / max(asked.sum().item(), 1)
+        chance = (share * share.log()).sum().item()
         enough = asked.sum().item() >= _LEAST_TOKENS
-        best = max(row.mean().item() for row in rows.values()) if enough else -math.inf
-        found.append((best, (ids, mask, asked, rows)))
-    return max(found, key=lambda pair: pair[0])[1]
+        best = max(row.mean().item() for row in rows.values()) - chance if enough else -math.inf
+        found.append((best, (ids, mask, asked), rows, chance))
+    return max(found, key=lambda entry: entry[0])[1:]
 
 
 def _shifted(policy: DiffusionLM, move: int, gain: float) -> Check:
@@ -168,7 +171,7 @@ def _mask_id(
     tokenizer: PreTrainedTokenizerFast,
     batch: tuple[Tensor, Tensor, Tensor],
     aligned: Tensor,
-    known: bool,
+    chance: float,
 ) -> Check:
     ours = policy.mask_token_id
     special = sorted(set(tokenizer.get_added_vocab().values()) - {ours})
@@ -177,16 +180,16 @@ def _mask_id(
     # Ordinary tokens, evenly over the vocabulary: none of them is as good as the mask that was trained.
     words = [i for i in range(5, len(tokenizer), max(len(tokenizer) // _OTHER_CANDIDATES, 1)) if i != ours]
     candidates = [i for i in {*named, *others, *words} if i < policy.head.weight.shape[0]]
-    results = {i: _compare(_scores(policy, *batch, i, 0), aligned) for i in candidates}
-    best = max((i for i in results if results[i][0]), key=lambda i: results[i][1], default=None)
+    gains = {i: _gain(_scores(policy, *batch, i, 0), aligned, chance) for i in candidates}
+    best = max((i for i in gains if gains[i]), key=lambda i: gains[i], default=None)
     if best is not None:
-        name, gain = tokenizer.convert_ids_to_tokens(best), results[best][1]
+        name, gain = tokenizer.convert_ids_to_tokens(best), gains[best]
         found = f"masking with {best} {name!r} predicts {gain:.1f} nats better than with {ours}"
         fix = f"config.json has mask_token_id: {ours}; set it to {best}"
         return Check(name="mask id", status="failed", found=found, fix=fix)
     name = tokenizer.convert_ids_to_tokens(ours)
     said = f"{ours} {name!r}: none of {len(candidates)} other tokens predicts better"
-    return Check(name="mask id", status="ok" if known else "unsure", found=said)
+    return Check(name="mask id", status="ok" if aligned.mean().item() > chance else "unsure", found=said)
 
 
 def _scores(
@@ -202,13 +205,17 @@ def _scores(
     return policy.head(hidden[row, position + move], read, ids[row, position], chunk_size=256)[0]
 
 
-def _compare(one: Tensor, other: Tensor) -> tuple[bool, float]:
-    """Whether one set of log-probabilities is surely and clearly above another's, and by how much, nats."""
+def _gain(one: Tensor, other: Tensor, chance: float) -> float:
+    """By how much one set of log-probabilities is above another's, nats; 0 unless surely, clearly and knowing.
+
+    The last means better than any guess without context: random weights favour one reading over another, too,
+    and at every token alike, but they know nothing.
+    """
     difference = (one - other).double()
-    if len(difference) < _LEAST_TOKENS:
-        return False, 0.0
+    if len(difference) < _LEAST_TOKENS or one.mean().item() <= chance:
+        return 0.0
     mean, error = difference.mean().item(), difference.std().item() / math.sqrt(len(difference))
-    return mean > _MARGIN_NATS and mean > _SIGMAS * error, mean
+    return mean if mean > max(_MARGIN_NATS, _SIGMAS * error) else 0.0
 
 
 def _padding(policy: DiffusionLM, texts: list[Probe]) -> Check:

@@ -14,6 +14,7 @@ from drift.models.loading import FAMILIES, read_config, resolve_folder
 # Hub ids whose config.json says what the defaults of their model_type's config class say.
 KNOWN: dict[str, tuple[str, ...]] = {
     "llada": ("GSAI-ML/LLaDA-8B-Base", "GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-1.5"),
+    "Dream": ("Dream-org/Dream-v0-Base-7B", "Dream-org/Dream-v0-Instruct-7B"),
 }
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 # The signal module itself would add an enum, which takes as long to load as all the rest.
 import _signal as signal  # pyright: ignore[reportMissingImports]
+import os
 
 _AGAIN_SECONDS = 0.05  # a bare `except:` in a loop may swallow the first interruption
 
