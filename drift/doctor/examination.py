@@ -206,7 +206,7 @@ def _scores(
 
 
 def _gain(one: Tensor, other: Tensor, chance: float) -> float:
-    """By how much one set of log-probabilities is above another's, nats; 0 unless surely, clearly and knowing.
+    """By how much some log-probabilities are above others, nats; 0 unless surely, clearly and knowing.
 
     The last means better than any guess without context: random weights favour one reading over another, too,
     and at every token alike, but they know nothing.
