@@ -106,7 +106,7 @@ def test_an_unknown_command_suggests_the_nearest(command: str, nearest: str):
     done = python("-X", "importtime", "-m", "drift", command)
     assert done.returncode == 1
     assert f"there is no command {command!r}; did you mean {nearest!r}?" in done.stderr
-    assert "fit, sft, validate, test, predict" in done.stderr
+    assert "fit, sft, validate, test, predict, plan" in done.stderr
     assert "torch" not in imported(done)
     assert "Traceback" not in done.stderr
 

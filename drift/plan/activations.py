@@ -71,14 +71,20 @@ def saved_by_block(sizes: PolicySizes, numbers: Numbers, rank: int = 0) -> int:
 
 def saved_around_blocks(sizes: PolicySizes, numbers: Numbers) -> int:
     """What is kept for each position beside the blocks: the last norm, its result, rotary tables, ids."""
+    return saved_by_last_norm(sizes, numbers) + 2 * FULL * sizes.head_width + 8
+
+
+def saved_by_last_norm(sizes: PolicySizes, numbers: Numbers) -> int:
+    """What the norm after the blocks keeps for each position, its result included."""
     trained = numbers.residual * sizes.width if numbers.adapter is None else 0
-    last = FULL * sizes.width + FULL + trained + numbers.residual * sizes.width
-    return last + 2 * FULL * sizes.head_width + 8
+    return FULL * sizes.width + FULL + trained + numbers.residual * sizes.width
 
 
 def block_backward(sizes: PolicySizes, numbers: Numbers) -> int:
     """What the backward pass of a block needs for each position beside what was saved, at most."""
-    return 2 * numbers.compute * sizes.mlp_width
+    # What adapters take in is cast to float32 and back, and so is its gradient.
+    casts = numbers.adapter is not None and (numbers.adapter, numbers.compute) != (FULL, FULL)
+    return (2 * numbers.compute + FULL * casts) * sizes.mlp_width
 
 
 def norm_backward(sizes: PolicySizes) -> int:

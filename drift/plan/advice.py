@@ -118,7 +118,7 @@ def _shards(settings: PlanSettings) -> Iterator[Option]:
     if settings.num_gpus > 1 and not settings.sharded:
         yield Option(
             flags="--trainer.strategy ModelParallelStrategy",
-            cost=f"1/{settings.num_gpus} of the weights each",
+            cost=f"1/{settings.num_gpus} of the weights",
             weight=300,
             settings=replace(settings, strategy="ModelParallelStrategy"),
             available=settings.can_shard,

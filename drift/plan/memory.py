@@ -15,6 +15,7 @@ from drift.plan.activations import (
     sampling_head,
     saved_around_blocks,
     saved_by_block,
+    saved_by_last_norm,
     scoring_head,
     training_head,
 )
@@ -201,6 +202,8 @@ def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
         saved = policy.num_blocks * positions * numbers.residual * policy.width + around
         copies = _cast_blocks(policy, numbers)
         backward += block + copies // policy.num_blocks
+        # By then what the last norm kept is gone, and a gradient has come in.
+        backward -= positions * (saved_by_last_norm(policy, numbers) - numbers.residual * policy.width)
         if numbers.adapter is None:
             # The copies of all weights are there until the forward pass ends.
             moments.append(copies + scoring_head(policy, numbers, scored, CHUNK_SIZE))

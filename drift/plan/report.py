@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 from drift.plan.advice import Advice
 from drift.plan.memory import CONTEXT_BYTES, FRAGMENTED_SHARE, GIB, MemoryPlan, usable_bytes
 from drift.plan.settings import PlanSettings
 
+MIB = GIB // 1024
 _TYPES = {2: "bfloat16", 4: "float32"}
 _NAME, _NUMBER, _FLAGS = 18, 9, 62
 
@@ -31,10 +33,10 @@ def _head(settings: PlanSettings) -> Iterator[str]:
     strategy = f"trainer.strategy {settings.strategy}"
     spread = "one GPU"
     if settings.sharded:
-        spread = f"{gpus} GPUs, each with 1/{gpus} of the weights ({strategy})"
+        spread = f"{gpus} GPUs, 1/{gpus} of the weights on each ({strategy})"
     elif gpus > 1:
-        spread = f"{gpus} GPUs, each with all the weights ({strategy} does not shard)"
-    yield f"memory plan: {policy.num_parameters / 1e9:.3g} billion parameters on {spread}"
+        spread = f"{gpus} GPUs, all weights on each ({strategy} does not shard)"
+    yield f"memory plan: {_count(policy.num_parameters)} parameters, {spread}"
     yield f"sizes from {policy.source}"
     if settings.sharded and not settings.can_shard:
         yield "NOTE: drift cannot shard a policy yet; this is what a run would need that does"
@@ -46,7 +48,7 @@ def _table(plan: MemoryPlan) -> Iterator[str]:
     states = f"{settings.micro_batch_size} states x {settings.length} positions"
     if settings.activation_checkpointing:
         states += ", the blocks' inputs only"
-    gathered = "head, embedding and blocks at work; in a rollout the whole policy"
+    gathered = "head and blocks at work; in a rollout all"
     rows: list[tuple[str, tuple[int, int, int], str]] = [
         ("parameters", _always(plan.parameters), _parameters(settings)),
         ("gradients", (plan.gradients, plan.gradients, 0), trained),
@@ -61,12 +63,16 @@ def _table(plan: MemoryPlan) -> Iterator[str]:
         ("vocabulary chunk", (plan.head_update, 0, plan.head_rollout), f"logits, {policy.vocab_rows} wide"),
         ("working set", (plan.working_update, plan.step_temporaries, plan.working_rollout), _work(settings)),
     ]
-    yield f"{'GiB on each GPU':<{_NAME}}" + "".join(f"{m:>{_NUMBER}}" for m in ("update", "step", "rollout"))
+    unit = "GiB" if plan.peak >= GIB else "MiB"
+    cell = partial(_cell, GIB if plan.peak >= GIB else MIB)
+    yield f"{unit + ' on each GPU':<{_NAME}}" + "".join(
+        f"{m:>{_NUMBER}}" for m in ("update", "step", "rollout")
+    )
     for name, sizes, what in rows:
         if any(sizes):
-            yield f"{name:<{_NAME}}{''.join(map(_cell, sizes))}  {what}"
+            yield f"{name:<{_NAME}}{''.join(map(cell, sizes))}  {what}"
     peaks = (plan.update_peak, plan.step_peak, plan.rollout_peak)
-    yield f"{'peak':<{_NAME}}{''.join(map(_cell, peaks))}  longest prompts, every row still decoding"
+    yield f"{'peak':<{_NAME}}{''.join(map(cell, peaks))}  longest prompts, every row still decoding"
 
 
 def _verdict(plan: MemoryPlan, gpu_memory: int) -> Iterator[str]:
@@ -99,8 +105,12 @@ def _always(size: int) -> tuple[int, int, int]:
     return size, size, size
 
 
-def _cell(size: int) -> str:
-    return f"{'-' if size == 0 else format(size / GIB, '.1f'):>{_NUMBER}}"
+def _count(number: int) -> str:
+    return f"{number / 1e9:.3g} billion" if number >= 1e9 else f"{number / 1e6:.3g} million"
+
+
+def _cell(unit: int, size: int) -> str:
+    return f"{'-' if size == 0 else format(size / unit, '.1f'):>{_NUMBER}}"
 
 
 def _gib(size: int) -> str:
