@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import symtable
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 _FENCE = "```"
 _DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -78,16 +80,57 @@ def split_tests(sources: Sequence[str], prefix: str = "") -> TestCode:
 
 
 def _script(tree: ast.Module, helpers: Sequence[ast.stmt], marker: _Marker) -> Script:
-    needed = _needed(helpers, _globals(tree).free)
+    _untangle(tree)
+    runners = _runners(tree)
+    # What the tests are run for is the answer's, even if Python has a function of that name.
+    asked = {arg.id for call in runners.values() for arg in call.args if isinstance(arg, ast.Name)}
+    needed = _needed(helpers, _globals(tree).free - asked)
     own = ast.Module(body=[*needed, *tree.body], type_ignores=[])
-    names = _globals(own).free - set(dir(builtins)) - {"__name__"}
+    names = _globals(own).free - (set(dir(builtins)) - asked) - {"__name__"}
     _refuse_foreign_modules(own)
-    body = [*needed, *marker.mark(tree)]
+    body = [*needed, *marker.mark(tree, runners)]
     if "random" in _modules(own):
         # The same answer must get the same reward every time.
         body[:0] = ast.parse("__import__('random').seed(0)").body
     module = ast.fix_missing_locations(ast.Module(body=body, type_ignores=[]))
     return Script(source=ast.unparse(module), names=tuple(sorted(names)))
+
+
+def _untangle(tree: ast.Module) -> None:
+    """Renames a runner of tests that means the answer's function by its own name, as in `check(check)`."""
+    for function in tree.body:
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        asserts = any(isinstance(node, ast.Assert) for node in ast.walk(function))
+        calls = [call for call in _calls(tree) if call.func.id == function.name]
+        if asserts and len(calls) == 1 and function.name in _loads(function):
+            function.name = calls[0].func.id = f"__drift_{function.name}__"
+
+
+def _runners(tree: ast.Module) -> dict[str, ast.Call]:
+    """Functions of the tests that the source calls once, as a statement of its own; with that call."""
+    functions = {statement.name for statement in tree.body if isinstance(statement, ast.FunctionDef)}
+    loads = _loads(tree)
+    return {
+        call.func.id: call
+        for call in _calls(tree)
+        if call.func.id in functions and loads.count(call.func.id) == 1
+    }
+
+
+def _calls(tree: ast.Module) -> Iterator[Any]:
+    for statement in tree.body:
+        if (
+            isinstance(statement, ast.Expr)
+            and isinstance(statement.value, ast.Call)
+            and isinstance(statement.value.func, ast.Name)
+        ):
+            yield statement.value
+
+
+def _loads(tree: ast.AST) -> list[str]:
+    nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+    return [node.id for node in nodes if isinstance(node.ctx, ast.Load)]
 
 
 @dataclass(slots=True)
@@ -97,33 +140,36 @@ class _Marker:
     required: list[int] = field(default_factory=list)
     optional: list[int] = field(default_factory=list)
     num_tests: int = 0
+    late: list[int] = field(default_factory=list)  # in functions that are called who knows how often
+    aliases: dict[str, str] = field(default_factory=dict)  # parameter of the runner -> what it is called with
 
-    def mark(self, tree: ast.Module) -> list[ast.stmt]:
-        """The statements of a source, with its assertions reporting."""
-        called_once = _names_loaded_once(tree)
-        start = self.num_tests
-        late: list[int] = []
+    def mark(self, tree: ast.Module, runners: Mapping[str, ast.Call]) -> list[ast.stmt]:
+        """The statements of a source, with its assertions reporting.
+
+        Args:
+            tree: the source; changed.
+            runners: its functions that are called once, with that call.
+        """
+        self.late = []
         body: list[ast.stmt] = []
         for statement in tree.body:
-            if isinstance(statement, ast.FunctionDef) and statement.name in called_once:
+            if isinstance(statement, ast.FunctionDef) and statement.name in runners:
+                given = zip(statement.args.args, runners[statement.name].args, strict=False)
+                self.aliases = {name.arg: value.id for name, value in given if isinstance(value, ast.Name)}
                 statement.body = [part for inner in statement.body for part in self._settled(inner)]
+                self.aliases = {}
                 body.append(statement)
-            elif isinstance(statement, _DEFINITION):
-                # Called who knows how often: only the end of the source settles what it asserts.
-                first = self.num_tests
-                body += self._block([statement], optional=False)
-                late += range(first, self.num_tests)
             else:
                 body += self._settled(statement)
-        if self.num_tests - start and late:
-            body = [*_report("begin", [len(late)]), *body, *_report("settle", late)]
+        if self.late:
+            body = [*_report("begin", [len(self.late)]), *body, *_report("settle", self.late)]
         return body
 
     def _settled(self, statement: ast.stmt) -> list[ast.stmt]:
         """The statement, after which its tests stand: an exception before its end leaves them open."""
         first = self.num_tests
         marked = self._block([statement], optional=False)
-        tests = range(first, self.num_tests)
+        tests = [test for test in range(first, self.num_tests) if test not in self.late]
         if not tests:
             return marked
         begin = _report("begin", [len(tests)]) if len(tests) > 1 else []
@@ -135,6 +181,7 @@ class _Marker:
     def _statement(self, statement: ast.stmt, optional: bool) -> list[ast.stmt]:
         if isinstance(statement, ast.Assert):
             return self._assertion(statement, optional)
+        first = self.num_tests
         for name, value in ast.iter_fields(statement):
             if not isinstance(value, list) or not value:
                 continue
@@ -143,6 +190,8 @@ class _Marker:
             elif isinstance(value[0], ast.ExceptHandler | ast.match_case):
                 for branch in value:
                     branch.body = self._block(branch.body, optional=True)
+        if isinstance(statement, _DEFINITION):
+            self.late += [test for test in range(first, self.num_tests) if test not in self.late]
         return [statement]
 
     def _assertion(self, statement: ast.Assert, optional: bool) -> list[ast.stmt]:
@@ -150,7 +199,7 @@ class _Marker:
             constant = bool(ast.literal_eval(statement.test))
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             constant = None
-        if constant:
+        if constant or self._compares_with_itself(statement.test):
             return [ast.Pass()]  # it holds for every answer
         number, self.num_tests = self.num_tests, self.num_tests + 1
         (self.optional if optional or constant is False else self.required).append(number)
@@ -162,6 +211,15 @@ class _Marker:
         )
         is_open = ast.parse(f"__drift__.open({number})", mode="eval").body
         return [ast.If(test=is_open, body=[attempt], orelse=[])]
+
+    def _compares_with_itself(self, test: ast.expr) -> bool:
+        if not isinstance(test, ast.Compare) or len(test.ops) > 1 or not isinstance(test.ops[0], ast.Eq):
+            return False
+        left, right = copy.deepcopy((test.left, test.comparators[0]))
+        for node in (*ast.walk(left), *ast.walk(right)):
+            if isinstance(node, ast.Name):
+                node.id = self.aliases.get(node.id, node.id)
+        return ast.dump(left) == ast.dump(right)
 
 
 def _report(what: str, numbers: Iterable[int]) -> list[ast.stmt]:
@@ -213,20 +271,6 @@ def _globals(tree: ast.Module) -> _Globals:
             if symbol.is_referenced():
                 read.add(symbol.get_name())
     return _Globals(bound, read - bound)
-
-
-def _names_loaded_once(tree: ast.Module) -> set[str]:
-    loads = [
-        node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
-    ]
-    at_once = {
-        statement.value.func.id
-        for statement in tree.body
-        if isinstance(statement, ast.Expr)
-        and isinstance(statement.value, ast.Call)
-        and isinstance(statement.value.func, ast.Name)
-    }
-    return {name for name in at_once if loads.count(name) == 1}
 
 
 def _modules(tree: ast.AST) -> set[str]:

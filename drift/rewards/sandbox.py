@@ -254,8 +254,8 @@ def _bwrap() -> tuple[str, ...]:
     return (
         shutil.which("bwrap") or "bwrap",
         *("--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),
-        # As the first process of its namespace the command is bubblewrap's own child, which it collects. Another
-        # one in between would be left to the init of a container, which may collect nobody.
+        # As the first process of its namespace the command is bubblewrap's own child, which it collects.
+        # Another one in between would be left to the init of a container, which may collect nobody.
         *("--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"),
         *binds,
         *("--ro-bind", str(_INSIDE), "/drift/inside"),
@@ -268,9 +268,7 @@ def _require_bwrap() -> None:
     if shutil.which("bwrap") is None:
         raise ConfigError(f"sandbox='bwrap' needs bubblewrap, and there is no program bwrap: {_INSTALL}")
     if platform.machine() not in MACHINES:
-        raise ConfigError(
-            f"sandbox='bwrap' knows the machines {MACHINES}, not {platform.machine()!r}: {_INSTALL}"
-        )
+        raise ConfigError(f"sandbox='bwrap' knows {MACHINES}, not {platform.machine()!r}: {_INSTALL}")
 
 
 def _probe(sandbox: Sandbox) -> None:

@@ -69,8 +69,8 @@ def judge(bwrap: None) -> Judge:
         ("```\nx = 1\n```", "", ""),
         ("x = 1", "", ""),
         ("", "", ""),
-        ("Here:\n```python\ndef f():\n    return 1\n```\nIt is 1.", "Here:\n```python\ndef f():\n", "def f():\n    return 1\n"),
-        ("Here:\n```\ndef f():\n    return 1\n```\nIt is 1.", "Here:\n```\ndef f():\n", "def f():\n    return 1\n"),
+        ("```python\ndef f():\n    return 1\n```\nB", "```python\ndef f():\n", "def f():\n    return 1\n"),
+        ("A\n```\ndef f():\n    return 1\n```\nB", "A\n```\ndef f():\n", "def f():\n    return 1\n"),
         ("def f():\n    return 1", "def f():\n", "def f():\n    return 1"),
         ("def f():\n    return 1\n```\nIt is 1.", "def f():\n", "def f():\n    return 1\n"),
     ],
@@ -261,7 +261,8 @@ def test_programs(judge: Judge):
     right = "a, b = map(int, input().split())\nprint(a + b)"
     assert judge(right, problem) == 1.0
     assert judge(right + "\nexit()", problem) == 1.0
-    assert judge("if __name__ == '__main__':\n    import sys\n    print(' ', sum(map(int, sys.stdin.read().split())))", problem) == 1.0  # fmt: skip
+    guarded = "import sys\nif __name__ == '__main__': print(' ', sum(map(int, sys.stdin.read().split())))"
+    assert judge(guarded, problem) == 1.0
     assert judge("a, b = map(int, input().split())\nprint(7)", problem) == pytest.approx(1 / 3)
     assert judge(right + "\nraise ValueError", problem) == 0.0
     assert judge(right + "\nexit(1)", problem) == 0.0
@@ -392,21 +393,37 @@ def test_without_bubblewrap_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
     )
 
 
+# Bodies of a right answer and a wrong one, which go on from the row's prefix.
 HAND_WRITTEN = {
     ("HumanEval", 2): ("return number % 1.0", "return int(number)"),
     ("HumanEval", 10): (
-        "for i in range(len(string)):\n        if is_palindrome(string[i:]): return string + string[:i][::-1]\n    return ''\n\n"
-        "def is_palindrome(s): return s == s[::-1]",
+        """
+    for i in range(len(string)):
+        if is_palindrome(string[i:]):
+            return string + string[:i][::-1]
+    return ""
+
+def is_palindrome(text):
+    return text == text[::-1]
+""",
         "return string + string[::-1]",
     ),
     ("HumanEval", 32): (
-        "low, high = -1.0, 1.0\n"
-        "    while poly(xs, low) * poly(xs, high) > 0: low, high = 2 * low, 2 * high\n"
-        "    while high - low > 1e-10:\n"
-        "        middle = (low + high) / 2\n"
-        "        low, high = (middle, high) if poly(xs, middle) * poly(xs, low) > 0 else (low, middle)\n"
-        "    return low",
+        """
+    low, high = -1.0, 1.0
+    while poly(xs, low) * poly(xs, high) > 0:
+        low, high = 2 * low, 2 * high
+    while high - low > 1e-10:
+        middle = (low + high) / 2
+        low, high = (middle, high) if poly(xs, middle) * poly(xs, low) > 0 else (low, middle)
+    return low
+""",
         "global poly\n    poly = lambda *args: 0\n    return 0.0",
+    ),
+    # Three of its assertions compare the answer with itself.
+    ("HumanEval", 33): (
+        "thirds = sorted(l[::3])\n    return [thirds[i // 3] if i % 3 == 0 else x for i, x in enumerate(l)]",
+        "return l",
     ),
     ("HumanEval", 38): ("return encode_cyclic(encode_cyclic(s))", "return encode_cyclic(s)"),
     ("HumanEval", 44): (
@@ -414,7 +431,7 @@ HAND_WRITTEN = {
         "return str(x)",
     ),
     ("HumanEval", 50): (
-        "return ''.join(chr((ord(ch) - 5 - ord('a')) % 26 + ord('a')) for ch in s)",
+        "return ''.join(chr((ord(letter) - 5 - ord('a')) % 26 + ord('a')) for letter in s)",
         "return s",
     ),
     ("HumanEval", 53): ("return x + y", "return x - y"),
@@ -422,19 +439,24 @@ HAND_WRITTEN = {
         "return sum(x * x for x in lst if x > 0 and x % 2 == 1 and isinstance(x, int))",
         "return None",
     ),
-    ("MBPP", 0): (
-        "i, j = s.find(ch), s.rfind(ch)\n    return s if i < 0 else s[:i] + s[i + 1:] if i == j else s[:i] + s[i + 1:j] + s[j + 1:]",
-        "return ch",
-    ),
+    ("MBPP", 0): ("return s.replace(ch, '', 1)[::-1].replace(ch, '', 1)[::-1]", "return ch"),
     ("MBPP", 1): ("return sorted(M, key=sum)", "return M"),
     ("MBPP", 2): ("return Counter(words).most_common(4)", "return Counter(words)"),
     # Its tests call a function that the prefix doesn't begin.
     ("MBPP", 19): (
-        "return s[0] == s[-1]\n\n"
-        "def count_Substring_With_Equal_Ends(s):\n"
-        "    return sum(check_Equality(s[i:j]) for i in range(len(s)) for j in range(i + 1, len(s) + 1))",
+        """
+    return s[0] == s[-1]
+
+def count_Substring_With_Equal_Ends(s):
+    return sum(check_Equality(s[i:j]) for i in range(len(s)) for j in range(i + 1, len(s) + 1))
+""",
         "return True",
     ),
+    # The answer's function has the name of a built-in one, or of the tests'.
+    ("MBPP", 115): ("return len([i for i in range(1, a + 1) if a % i == b % i == 0 for _ in range(i)])", "return a"),
+    ("MBPP", 337): ("return 'Yes' if set(string) <= set('01') else 'No'", "return 'No' * len(string)"),
+    # Its tests give a type as an argument.
+    ("MBPP_train", 32): ("return [x for x in test_tuple if type(x) != data_type]", "return test_tuple"),
 }  # fmt: skip
 
 
@@ -442,14 +464,14 @@ HAND_WRITTEN = {
 def test_hand_written_answers_to_benchmark_problems(bwrap: None, shared: Path, name: str, number: int):
     row = json.loads((shared / "data" / f"{name}.json").read_text())[number]
     problem = Problem(prompt="", answer="", answer_prefix=row["prefix"], row=row)
-    right, wrong = (f"{row['prefix'].rstrip(' ')}    {body}\n```\n" for body in HAND_WRITTEN[name, number])
+    right, wrong = (f"{row['prefix']}    {body}\n```\n" for body in HAND_WRITTEN[name, number])
     rewards = CodeReward()([right, wrong], [problem, problem])
     assert rewards[0] == 1.0
     assert rewards[1] < 0.5
 
 
 def table_answer(row: dict[str, Any]) -> str | None:
-    """Code that looks the expected values up, made from the row's assertions; None where they need a program."""
+    """Code that looks the expected values up, made from the row's assertions; None where that can't do."""
     tree = ast.parse(row["test_list"][0])
     names = split_tests(row["test_list"], row["prefix"]).scripts[0].names
     check = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
@@ -468,8 +490,8 @@ def table_answer(row: dict[str, Any]) -> str | None:
         elif not isinstance(node, ast.Expr) and not isinstance(node, ast.Assign):
             return None
     given = "\n".join(ast.unparse(node) for node in check.body if isinstance(node, ast.Assign))
-    table = f"import math, sys\n{given}\nCASES = [{', '.join(cases)}]\n"
-    answer = "def {}(*args):\n    return next(value for given, value in CASES if repr(given) == repr(args))\n"
+    table = f"import math, sys\ndef kinds(x): return [*map(type, x)]\n{given}\nCASES = [{', '.join(cases)}]\n"
+    answer = "def {}(*args): return next(v for x, v in CASES if x == args and kinds(x) == kinds(args))\n"
     return table + "".join(answer.format(name) for name in names)
 
 

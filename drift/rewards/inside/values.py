@@ -24,10 +24,16 @@ _PARTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 }
 _CONTAINERS: dict[bytes, type] = {b"l": list, b"t": tuple, b"S": set, b"z": frozenset}
 _CONSTANTS = {b"N": None, b"T": True, b"F": False}
+# As arguments, such as "remove all numbers of this type".
+_TYPES = {
+    kind.__name__: kind
+    for kind in (int, float, complex, bool, str, bytes, list, tuple, dict, set, frozenset, type(None))
+}
 _RAW: dict[bytes, Callable[[bytes], object]] = {
     b"s": lambda raw: raw.decode("utf-8", "surrogatepass"),
     b"b": bytes,
     b"B": bytearray,
+    b"y": lambda raw: _TYPES[raw.decode()],
 }
 
 
@@ -38,7 +44,8 @@ def encode(value: object) -> bytes:
     items it had left.
 
     Args:
-        value: numbers, text, bytes, None, containers of such, and the usual values of the standard library.
+        value: numbers, text, bytes, None, built-in types, containers of such, and the usual values of the
+            standard library.
 
     Raises:
         TypeError: it holds something else, such as a function or an object of a class of its own.
@@ -80,6 +87,8 @@ def _write(value: Any, put: Callable[[bytes], None]) -> None:
 
 
 def _write_compound(value: Any, put: Callable[[bytes], None]) -> None:
+    if _is_known_type(value):
+        return _write_raw(b"y", value.__name__.encode(), put)
     name = f"{type(value).__module__}.{type(value).__qualname__}"
     tag = next((tag for tag, kind in _CONTAINERS.items() if isinstance(value, kind)), None)
     if name in _PARTS:
@@ -96,6 +105,11 @@ def _write_compound(value: Any, put: Callable[[bytes], None]) -> None:
         _write_items(b"I", items, put)
     else:
         raise TypeError(f"{name} is no plain data")
+    return None
+
+
+def _is_known_type(value: object) -> bool:
+    return isinstance(value, type) and _TYPES.get(value.__name__) is value
 
 
 def _write_raw(tag: bytes, raw: bytes, put: Callable[[bytes], None]) -> None:
