@@ -79,7 +79,9 @@ class CodeTask(Task):
         super().check(row, where)
         limit = row["test_time_limit"]
         _require(_is_text(row["question"]), row, where, "question", "a text")
-        _require(row["test_method"] in self.instructions, row, where, "test_method", "'function' or 'stdio'")
+        _require(
+            row["test_method"] in [*self.instructions], row, where, "test_method", "'function' or 'stdio'"
+        )
         good = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit < math.inf
         _require(good, row, where, "test_time_limit", "a number of seconds greater than 0")
         (_check_function if row["test_method"] == "function" else _check_stdio)(row, where)

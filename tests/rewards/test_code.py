@@ -453,7 +453,10 @@ def count_Substring_With_Equal_Ends(s):
         "return True",
     ),
     # The answer's function has the name of a built-in one, or of the tests'.
-    ("MBPP", 115): ("return len([i for i in range(1, a + 1) if a % i == b % i == 0 for _ in range(i)])", "return a"),
+    ("MBPP", 115): (
+        "import math\n    return math.fsum(i for i in range(1, a) if a % i == b % i == 0)",
+        "return a",
+    ),
     ("MBPP", 337): ("return 'Yes' if set(string) <= set('01') else 'No'", "return 'No' * len(string)"),
     # Its tests give a type as an argument.
     ("MBPP_train", 32): ("return [x for x in test_tuple if type(x) != data_type]", "return test_tuple"),

@@ -42,7 +42,15 @@ def double(x):
 
 
 def test_each_assertion_is_a_test():
-    tests = "def check(candidate):\n    assert candidate(1) == 2\n    assert (candidate(2)\n        == 5)\n    y = candidate(3)\n    assert y == 6, 'six'\ncheck(f)"
+    tests = """
+def check(candidate):
+    assert candidate(1) == 2
+    assert (candidate(2)
+        == 5)
+    y = candidate(3)
+    assert y == 6, 'six'
+check(f)
+"""
     assert share(tests, f=double) == pytest.approx(2 / 3)
     assert share("assert f(1) == 2\nassert f(1) == 3\nassert f(0) == 0\nassert f(2) == 4", f=double) == 0.75
 
@@ -57,7 +65,15 @@ def test_an_assertion_in_a_loop_is_one_test_that_must_always_hold():
 
 
 def test_an_exception_between_assertions_fails_what_was_not_run_to_its_end():
-    tests = "def check(c):\n    assert c(1) == 2\n    for i in (1, 0):\n        assert c(i) == 2 * i\n        1 / i\n    assert c(2) == 4\ncheck(f)"
+    tests = """
+def check(c):
+    assert c(1) == 2
+    for i in (1, 0):
+        assert c(i) == 2 * i
+        1 / i
+    assert c(2) == 4
+check(f)
+"""
     assert share(tests, f=double) == pytest.approx(1 / 3)
 
 
@@ -65,14 +81,28 @@ def test_helper_functions_and_nested_ones():
     tests = "def same(x, y):\n    assert f(x) == y\nsame(1, 2)\nsame(2, {})\nassert f(3) == 6"
     assert share(tests.format(4), f=double) == 1.0
     assert share(tests.format(5), f=double) == 0.5
-    nested = "def check(c):\n    def same(x, y):\n        assert c(x) == y\n    same(1, 2)\n    same(2, {})\ncheck(f)"
+    nested = """
+def check(c):
+    def same(x, y):
+        assert c(x) == y
+    same(1, 2)
+    same(2, {})
+check(f)
+"""
     assert share(nested.format(4), f=double) == 1.0
     assert share(nested.format(5), f=double) == 0.0
 
 
 def test_constants_and_comparisons_with_itself_are_no_tests():
     assert share("assert True, 'yes'\nassert f(1) == 3", f=double) == 0.0
-    tests = "def check(c):\n    assert c(1) == f(1)\n    assert tuple(c(2)) == tuple(f(2))\n    assert c(1) == 2\n    assert c(1) == 3\ncheck(f)"
+    tests = """
+def check(c):
+    assert c(1) == f(1)
+    assert tuple(c(2)) == tuple(f(2))
+    assert c(1) == 2
+    assert c(1) == 3
+check(f)
+"""
     assert share(tests, f=double) == 0.5
     with pytest.raises(ValueError, match="test 0 has no assertion that an answer could fail"):
         split_tests(["def check(c):\n    assert True\n    c(1)\ncheck(f)"])
@@ -91,7 +121,18 @@ def test_which_names_are_the_answers():
         "import math\ndef check(c):\n    k = limit\n    assert c(k) == other(len('a')) + math.pi\ncheck(main)"
     )
     assert split_tests([tests]).scripts[0].names == ("limit", "main", "other")
-    prefix = "Code:\n```python\nlimit = base + 1\nbase = 3\ndef other(x):\n    return x\n\ndef main(x):\n    '''Doc.'''\n"
+    prefix = """
+Code:
+```python
+limit = base + 1
+base = 3
+def other(x):
+    return x
+
+def main(x):
+    '''Doc.'''
+
+"""
     script = split_tests([tests], prefix).scripts[0]
     assert script.names == ("main",)
     assert "def other" in script.source

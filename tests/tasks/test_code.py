@@ -80,7 +80,7 @@ def test_problems_are_judged(task: CodeTask):
         ({"test_list": "assert f(1)"}, "field 'test_list' is 'assert"),
         ({"test_list": [3]}, r"field 'test_list' is \[3\]"),
         ({"test_list": ["assert f("]}, "field 'test_list' cannot be used: test 0 is no Python code"),
-        ({"test_list": ["f(1)"]}, "test 0 has no assertion"),
+        ({"test_list": ["f(1)"]}, "field 'test_list' cannot be used: test 0 has no assertion"),
         ({"prefix": 3}, "field 'prefix' is 3; it must be a text, or absent"),
     ],
 )
