@@ -251,6 +251,10 @@ def _bwrap() -> tuple[str, ...]:
             binds += ["--symlink", str(Path(path).readlink()), path]
         elif Path(path).exists() and not path.startswith("/usr/"):
             binds += ["--ro-bind", path, path]
+    # Packages may hold benchmarks with their solutions.
+    roots = {Path(sys.base_prefix), Path("/usr"), Path("/usr/local")}
+    for path in sorted({str(path) for root in roots for path in root.glob("lib/python3*/*-packages")}):
+        binds += ["--size", "4096", "--tmpfs", path, "--remount-ro", path]
     return (
         shutil.which("bwrap") or "bwrap",
         *("--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--hostname", "sandbox"),

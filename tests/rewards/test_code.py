@@ -226,6 +226,12 @@ def test_tests_that_compute_for_ever_with_a_value_end(bwrap: None):
     assert CodeReward(timeout_seconds=0.5)([answer], [function(tests)]).item() == 0.5
 
 
+def test_an_end_of_iteration_does_not_cut_tests_short(judge: Judge):
+    tests = function("assert all(map(f, [1, 2]))\nassert list(map(f, [1])) == []")
+    assert judge("def f(x): raise StopIteration", tests) == 0.0
+    assert judge("def f(x): return True", tests) == 0.5
+
+
 def test_arguments_are_copies(judge: Judge):
     tests = "x = [1, 2]\nassert f(x) == [1, 2, 3]\nassert x == [1, 2]\nassert f(x) == [1, 2, 3]"
     assert judge("def f(x):\n    x.append(3)\n    return x", function(tests)) == 1.0

@@ -1,5 +1,7 @@
 import os
+import site
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
@@ -86,6 +88,10 @@ def test_files_are_out_of_reach(bwrap: None, tmp_path: Path):
     (tmp_path / "secret").write_text("tests")
     places = [str(tmp_path / "secret"), __file__, "/etc/passwd", "/proc/1/mem", str(Path.home() / ".cache")]
     assert says(f"import os\nprint([p for p in {places} if os.path.exists(p)])") == "[]"
+    packages = [*site.getsitepackages([sys.base_prefix]), "/usr/lib/python3/dist-packages"]
+    assert any(map(os.path.exists, packages))
+    look = f"import os\nprint([os.listdir(p) for p in {packages} if os.path.exists(p)])"
+    assert set(says(look)) <= set("[], ")
     folders = ["/", "/usr", "/usr/bin", "/drift", "/drift/inside", "/dev", "/dev/shm", "/etc", "/tmp"]
     write = """
 for folder in {}:
