@@ -1,5 +1,7 @@
 """Commands that tell of a run without starting it."""
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +123,43 @@ def test_help_says_what_it_does(capsys: pytest.CaptureFixture[str]):
     assert "usage: drift plan [--num_gpus N] [--gpu_memory GIB] [--config NAME_OR_FILE ...]" in out
     assert "Nothing is downloaded" in out
     assert "drift plan --config llada_math --num_gpus 8 --gpu_memory 80" in out
+
+
+def test_the_doctor_prints_a_table(capsys: pytest.CaptureFixture[str], tiny_folder: Path, tmp_path: Path):
+    run(["doctor", "--path", str(tiny_folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok"] * 3 + ["unsure"] * 2 + ["ok"] * 3
+    assert lines[2].split()[1:3] == ["weights", "26,912"]
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_folder, broken)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"mask_token_id": config["pad_token_id"]}))
+    with pytest.raises(SystemExit) as stopped:
+        run(["doctor", "--path", str(broken)])
+    assert stopped.value.code == 1
+    assert "failed  tokenizer" in capsys.readouterr().out
+
+
+def test_export_takes_its_options_from_the_command_line(error):
+    def message(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            run(["export", *arguments])
+        return str(stopped.value.code)
+
+    given = ["--ckpt_path=none.ckpt", "--output=out"]
+    assert message(*given).startswith("drift: error: ckpt_path is 'none.ckpt': there is no such file")
+    assert "did you mean 'output'?" in message("--ckpt_path=none.ckpt", "--outptu=x")
+    assert "dtype is int8: it must be one of 'source'" in message(*given, "--dtype=int8")
+
+
+@pytest.mark.parametrize("command", ["doctor", "export"])
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str], command: str):
+    with pytest.raises(SystemExit) as stopped:
+        run([command, "--help"])
+    assert not stopped.value.code
+    out = capsys.readouterr().out
+    assert f"usage: drift {command} [--KEY VALUE ...]" in out
+    assert {"doctor": "--path PATH", "export": "--output OUTPUT"}[command] in out
 
 
 def test_other_commands_are_those_of_lightning(capsys: pytest.CaptureFixture[str]):

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from drift.cli import run
+from drift.commands import run
 from drift.contract import Rollout
 from drift.models import LLaDA, LLaDAConfig, load_policy
 from drift.models.characters import character_tokenizer
 
+# The commands for large policies, which need a policy and data of the user's own.
+BIG = re.compile("FOLDER|llada_math")
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 SMALL = {
     "fit": "--trainer.max_steps 2 --trainer.val_check_interval 1 --data.num_validation 4 "
@@ -61,7 +63,7 @@ def playground(tmp_path, monkeypatch):
 
 
 def test_quickstart_commands_run_in_their_order(playground, capsys):
-    ran = [line for line in commands() if line.startswith("drift") and "llada_math" not in line]
+    ran = [line for line in commands() if line.startswith("drift") and not BIG.search(line)]
     assert len(ran) >= 9
     for line in ran:
         arguments = shlex.split(line)[1:]
@@ -80,7 +82,7 @@ def test_quickstart_commands_run_in_their_order(playground, capsys):
     assert (playground / "runs/quickstart/version_0/checkpoints/best.ckpt").is_file()
 
 
-def test_llada_math_command_runs_on_a_tiny_policy(playground):
+def test_commands_for_large_policies_run_on_a_tiny_one(playground, capsys):
     rows = [{"question": f"What is {i} + 1?", "ground_truth_answer": str(i + 1)} for i in range(4)]
     for name in ("MATH_train.json", "MATH500.json"):
         (playground / name).write_text(json.dumps(rows), encoding="utf-8")
@@ -96,10 +98,21 @@ def test_llada_math_command_runs_on_a_tiny_policy(playground):
     )
     LLaDA(config).save_pretrained(playground / "FOLDER")
     character_tokenizer().save_pretrained(playground / "FOLDER")
-    (line,) = [line for line in commands() if "llada_math" in line]
-    sizes = "--rollout.completion_length 32 --data.prompts_per_step 2 --model.train_groups 1"
-    run([*shlex.split(line)[1:], "--trainer.max_steps", "1", *shlex.split(sizes)])
-    assert list(playground.glob("runs/llada_math/version_0/checkpoints/last.ckpt"))
+    small = {
+        "fit": "--rollout.completion_length 32 --data.prompts_per_step 2 --model.train_groups 1 "
+        "--trainer.max_steps 1 --trainer.val_check_interval 1"
+    }
+    ran = [line for line in commands() if line.startswith("drift") and BIG.search(line)]
+    assert [line.split()[1] for line in ran] == ["doctor", "plan", "fit", "export"]
+    for line in ran:
+        arguments = shlex.split(line)[1:]
+        run([*arguments, *shlex.split(small.get(arguments[0], ""))])
+    assert list(playground.glob("runs/llada_math_lora/version_0/checkpoints/last.ckpt"))
+    before, after = (load_policy(playground / name).state_dict() for name in ("FOLDER", "policy"))
+    assert before.keys() == after.keys()
+    shown = capsys.readouterr().out
+    assert "re-scoring" in shown
+    assert "DOES NOT FIT" in shown
 
 
 def test_python_of_the_readme_is_the_quickstart(playground, capsys):

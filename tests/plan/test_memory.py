@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from drift.models import LoRAConfig
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig, build_optimizer
 from drift.plan import PlanSettings, plan_memory, policy_sizes
@@ -36,20 +37,36 @@ def nbytes(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_parameters_gradients_and_optimizer_are_those_of_a_run(tiny_folder, dtype: str, size: int):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "master_weights": True},
+        {"lora_rank": 3},
+        {"dtype": "bfloat16", "lora_rank": 4, "lora_targets": ("q_proj", "ff_out")},
+    ],
+    ids=["float32", "bfloat16", "master weights", "adapters", "some adapters on bfloat16"],
+)
+def test_parameters_gradients_and_optimizer_are_those_of_a_run(tiny_folder, changes: dict):
     """After one real optimizer step, to the byte."""
-    module = RLDFModule(str(tiny_folder), dtype=dtype)  # pyright: ignore
+    settings = PlanSettings(policy=policy_sizes(tiny_folder), **changes)
+    config = OptimizerConfig(master_weights=settings.master_weights)
+    lora = None
+    if settings.lora_rank is not None:
+        targets = None if settings.lora_targets is None else list(settings.lora_targets)
+        lora = LoRAConfig(rank=settings.lora_rank, targets=targets)
+    module = RLDFModule(str(tiny_folder), dtype=settings.dtype, optimizer=config, lora=lora)
     module.configure_model()
-    optimizer = build_optimizer(module, OptimizerConfig())
-    module.policy(torch.tensor([[3, 4, 5]])).float().sum().backward()
-    # The head takes part in real updates.
-    module.policy.head.weight.grad = torch.ones_like(module.policy.head.weight)
-    optimizer.step()
-    plan = plan_memory(PlanSettings(policy=policy_sizes(tiny_folder), dtype=dtype))
+    optimizer = build_optimizer(module, config)
     parameters = list(module.policy.parameters())
-    assert plan.parameters == nbytes(parameters) == size * plan.settings.policy.num_parameters
-    assert plan.gradients == nbytes(p.grad for p in parameters)
+    trained = [p for p in parameters if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    plan = plan_memory(settings)
+    assert plan.parameters == nbytes(parameters)
+    assert plan.gradients == nbytes(p.grad for p in trained)
     state = [value for entry in optimizer.state.values() for value in entry.values() if value.dim() > 0]
     assert plan.optimizer == nbytes(state)
 
