@@ -194,7 +194,7 @@ def test_an_update_of_adapters_needs_what_is_planned(make, meter, dtype, precisi
 )
 def test_a_rollout_needs_what_is_planned(make, make_prompts, meter, dtype, precision, changes, decode):
     policy = make(dtype, **changes)
-    config = DenoiseConfig(block_length=16, threshold=0.05, stop_at_padding=False, **decode)
+    config = DenoiseConfig(block_length=16, threshold=None, steps=4, stop_at_padding=False, **decode)
     ids, mask = make_prompts(60, 64, 64, 64)
     with meter([*policy.parameters(), ids, mask]) as found, torch.no_grad(), autocast(precision):
         denoise(policy, ids, mask, 32, config)
@@ -212,7 +212,7 @@ def test_a_rollout_needs_what_is_planned(make, make_prompts, meter, dtype, preci
     )
     plan = plan_memory(settings)
     planned = plan.cast_rollout + plan.cache + plan.head_rollout + plan.working_rollout
-    assert 0.95 < planned / found.peak < 1.1
+    assert 0.96 < planned / found.peak < 1.1
 
 
 def test_the_heads_chunk_by_what_sampling_makes_of_it(make):

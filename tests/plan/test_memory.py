@@ -156,6 +156,13 @@ def test_the_cache_holds_keys_and_values_of_the_longest_prefix(settings: PlanSet
     assert shared.cache == plan.cache // 2
 
 
+def test_logits_of_a_rollout_are_bounded_by_its_own_chunk(settings: PlanSettings):
+    # 512 rows x 16 positions are more than the 4096 that are expanded at once; three copies, greedy.
+    many = replace(settings, prompts_per_step=256)
+    assert plan_memory(many).head_rollout == 3 * 4 * 4096 * 48
+    assert plan_memory(settings).head_rollout == 3 * 4 * 8 * 16 * 48
+
+
 def test_evaluation_counts_where_it_needs_more(settings: PlanSettings):
     more = replace(settings, evaluation_batch_size=64)
     assert plan_memory(more).rollout_peak > plan_memory(settings).rollout_peak
