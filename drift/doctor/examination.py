@@ -88,7 +88,8 @@ def examine(
     known = [] if tokenizer is None else built_in_probes(tokenizer)
     if tokenizer is not None:
         checks += _likelihoods(policy, tokenizer, [group for group in (texts, known) if group])
-    texts = texts + known or random_probes(policy.mask_token_id)
+    illegal = set(policy.illegal_token_ids)
+    texts = texts + known or random_probes([i for i in range(policy.head.out_features) if i not in illegal])
     return [*checks, _padding(policy, texts), *_rollout(policy, texts)]
 
 

@@ -38,10 +38,14 @@ def built_in_probes(tokenizer: PreTrainedTokenizerFast) -> list[Probe]:
     return [Probe(ids=list(ids)) for ids in found if len(ids) >= 2]  # pyright: ignore[reportArgumentType]
 
 
-def random_probes(size: int) -> list[Probe]:
-    """Two texts of random tokens below `size`, for checks that no language is needed for."""
-    generator = torch.Generator().manual_seed(0)
-    return [Probe(ids=torch.randint(size, (n,), generator=generator).tolist()) for n in (24, 32)]
+def random_probes(legal: list[int]) -> list[Probe]:
+    """Two texts of random tokens, for checks that no language is needed for.
+
+    Args:
+        legal: the ids to choose from.
+    """
+    ids, generator = torch.tensor(legal), torch.Generator().manual_seed(0)
+    return [Probe(ids=ids[torch.randint(len(ids), (n,), generator=generator)].tolist()) for n in (24, 32)]
 
 
 def batch_of(probes: list[Probe], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:

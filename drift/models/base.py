@@ -277,5 +277,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -
         [B,l,H*d].
     """
     grouped = query.shape[1] != key.shape[1]
+    if grouped and key_mask is not None:
+        # Accelerators have no kernel for groups with a mask: what they fall back to keeps [B,H,l,L] scores.
+        share = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(share, 1), value.repeat_interleave(share, 1), False
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=key_mask, enable_gqa=grouped)
     return mixed.transpose(1, 2).flatten(2)
