@@ -165,3 +165,16 @@ def test_tests_that_draw_are_the_same_every_time():
 def test_unusable_tests_are_refused(sources: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         split_tests(sources)
+
+
+def test_a_failure_outweighs_what_held_before():
+    code = split_tests(["assert f(1)\nassert f(2)"])
+    assert code.share([0, 1], []) == 1.0
+    assert code.share([0, 1], [0]) == 0.5
+    assert code.share([], []) == 0.0
+
+
+def test_only_true_comparisons_with_itself_are_left_out():
+    tests = "def check(c):\n    assert c(1) == {}(1)\n    assert c(2) == 5\ncheck(f)"
+    assert len(split_tests([tests.format("f")]).required) == 1
+    assert len(split_tests([tests.format("g")]).required) == 2

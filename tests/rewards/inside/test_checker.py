@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from drift.rewards.inside.channel import receive, send
-from drift.rewards.inside.checker import check
+from drift.rewards.inside.checker import Clock, check
 from drift.rewards.inside.values import decode, encode
 
 TESTS = """
@@ -120,3 +120,25 @@ def test_the_question_holds_arguments_only(ends: tuple[int, int]):
     verdicts(ends, talk, seconds=5.0)
     assert [(name, args, kwargs) for name, args, kwargs, _ in asked] == [("f", (0,), {}), ("f", (1,), {})]
     assert all(0 < seconds <= 5.0 for *_, seconds in asked)
+
+
+def test_after_nonsense_nothing_more_is_asked(ends: tuple[int, int]):
+    asked = []
+
+    def talk(fd: int) -> None:
+        replies(b"x")(fd)
+        asked.append(receive(fd, 0.2))
+
+    assert verdicts(ends, talk) == ["hello", "fail 0", "fail 1"]
+    assert asked == [None]
+
+
+def test_the_clock():
+    clock = Clock(2.0, 100.0)
+    clock.spend(1.5)
+    assert clock.left() == 0.5
+    clock.extend(3)  # two tests more
+    assert clock.left() == 4.5
+    clock.restart()
+    assert clock.left() == 2.0
+    assert Clock(2.0, 0.0).left() <= 0
