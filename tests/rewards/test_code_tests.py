@@ -98,7 +98,7 @@ def test_constants_and_comparisons_with_itself_are_no_tests():
     tests = """
 def check(c):
     assert c(1) == f(1)
-    assert tuple(c(2)) == tuple(f(2))
+    assert str(c(2)) == str(f(2))
     assert c(1) == 2
     assert c(1) == 3
 check(f)
