@@ -123,7 +123,7 @@ def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
         ConfigError: where a value is outside its range.
     """
     model, data, rollout, trainer = settings.model, settings.data, settings.rollout, settings.trainer
-    lora = model.get("lora")
+    lora = model.lora
     reference = None
     if model.reference not in (None, model.policy) and model.loss.beta > 0:
         reference = policy_sizes(model.reference, "model.reference")
@@ -133,8 +133,8 @@ def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
         beta=model.loss.beta,
         dtype=model.dtype,
         precision=str(trainer.precision),
-        master_weights=bool(model.optimizer.get("master_weights")),
-        activation_checkpointing=bool(model.get("activation_checkpointing")),
+        master_weights=model.optimizer.master_weights,
+        activation_checkpointing=model.activation_checkpointing,
         lora_rank=None if lora is None else lora.rank,
         lora_targets=None if lora is None or lora.targets is None else tuple(lora.targets),
         num_updates=model.num_updates,

@@ -106,7 +106,7 @@ def test_an_unknown_command_suggests_the_nearest(command: str, nearest: str):
     done = python("-X", "importtime", "-m", "drift", command)
     assert done.returncode == 1
     assert f"there is no command {command!r}; did you mean {nearest!r}?" in done.stderr
-    assert "fit, sft, validate, test, predict, plan" in done.stderr
+    assert "fit, sft, validate, test, predict, doctor, export, plan" in done.stderr
     assert "torch" not in imported(done)
     assert "Traceback" not in done.stderr
 
@@ -335,7 +335,7 @@ def unknown_family(folder: Path) -> None:
         (without_weights, ["model.policy is", "it has no *.safetensors weights"]),
         (no_mask, ["data.tokenizer is", "no token for the policy's mask_token_id 98", "use the"]),
         (other_mask, ["data.tokenizer is", "id 1, the policy's mask_token_id is 97", "use the"]),
-        (unknown_family, ["model.policy is", "model_type: 'gpt2'", "supported: ['llada'"]),
+        (unknown_family, ["model.policy is", "model_type: 'gpt2'", "supported: ['Dream', 'llada'"]),
     ],
 )
 def test_bad_policy_folders(

@@ -224,8 +224,8 @@ class Dream(DiffusionLM):
         head_width = self.config.hidden_size // self.config.num_attention_heads
         table = rotary_table(position_ids, head_width, self.config.rope_theta)
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
-        x = self.get_input_embeddings()(input_ids)
-        x = self.run_blocks(x, table, key_mask, cache)
+        # Without a name here, the embedded tokens are freed when the first block is through.
+        x = self.run_blocks(self.get_input_embeddings()(input_ids), table, key_mask, cache)
         raw = self.model["norm"](x)
         return shifted(raw, position_ids, None if cache is None else cache.state_before(raw))
 

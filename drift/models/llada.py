@@ -199,5 +199,6 @@ class LLaDA(DiffusionLM):
             )
         table = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
-        x = self.get_input_embeddings()(input_ids)
-        return self._transformer["ln_f"](self.run_blocks(x, table, key_mask, cache))
+        # Without a name here, the embedded tokens are freed when the first block is through.
+        x = self.run_blocks(self.get_input_embeddings()(input_ids), table, key_mask, cache)
+        return self._transformer["ln_f"](x)

@@ -44,13 +44,14 @@ class Numbers:
         )
 
 
-def saved_by_block(sizes: PolicySizes, numbers: Numbers, rank: int = 0) -> int:
+def saved_by_block(sizes: PolicySizes, numbers: Numbers, rank: int = 0, *, padded: bool = True) -> int:
     """What autograd keeps of one block for each position, copies of weights left out.
 
     Args:
         sizes: of the policy.
         numbers: bytes of a number.
         rank: of the adapters; 0: there are none.
+        padded: whether prompts differ in length.
     """
     width, compute = sizes.width, numbers.compute
     trained = numbers.adapter is None
@@ -59,8 +60,10 @@ def saved_by_block(sizes: PolicySizes, numbers: Numbers, rank: int = 0) -> int:
     shared = numbers.residual == entering and (trained or entering == FULL)
     norms = 2 * (FULL * width + FULL + (numbers.residual * width if trained else 0))
     inputs = (2 if shared else 5) * entering * width
-    # Queries, keys, values, the mixture, and the logarithm of each head's normaliser.
-    attention = compute * (2 * width + 2 * sizes.kv_width) + FULL * sizes.num_heads
+    # Queries, keys, values, the mixture, and the logarithm of each head's normaliser. With padding, as batches
+    # of real prompts have it, there is a mask, and grouped keys and values are repeated for every head.
+    kv_width = width if padded else sizes.kv_width
+    attention = compute * (2 * width + 2 * kv_width + padded) + FULL * sizes.num_heads
     feed_forward = compute * 3 * sizes.mlp_width + entering * sizes.mlp_width
     extra = 0
     if numbers.adapter is not None:
@@ -98,7 +101,10 @@ def forward_work(sizes: PolicySizes, numbers: Numbers) -> int:
     table = 2 * FULL * sizes.head_width + 8
     projections = compute * (width + 2 * kv)
     rotation = 3 * FULL if compute == FULL else 4 * FULL
-    attention = 2 * residual * width + max(rotation * width, compute * width + rotation * kv)
+    # Grouped keys and values are repeated for every head where prompts are padded.
+    repeated = 2 * compute * width if kv < width else 0
+    rotated = max(rotation * width, compute * width + rotation * kv)
+    attention = 2 * residual * width + max(rotated, repeated)
     feed_forward = 3 * residual * width + 3 * compute * sizes.mlp_width
     return table + projections + max(attention, feed_forward)
 

@@ -38,8 +38,12 @@ def autocast(precision: str) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def saved_bytes(policy: LLaDA, precision: str, ids: torch.Tensor) -> int:
-    """Bytes of the storages that autograd keeps of a pass, the policy's own left out."""
+def saved_bytes(policy: LLaDA, precision: str, ids: torch.Tensor, *, padded: bool = False) -> int:
+    """Bytes of the storages that autograd keeps of a pass, the policy's own and the masks left out."""
+    mask = None
+    if padded:
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[0, :5] = False
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     kept: dict[int, tuple[int, torch.Tensor]] = {}
 
@@ -50,21 +54,25 @@ def saved_bytes(policy: LLaDA, precision: str, ids: torch.Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(precision):
-        policy(ids)
-    return sum(size for size, _ in kept.values())
+        policy(ids, mask)
+    return sum(size for size, tensor in kept.values() if tensor.dtype != torch.bool)
 
 
 @pytest.mark.parametrize(("dtype", "precision"), NUMBERS)
 @pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 2, "mlp_hidden_size": 88}])
-def test_what_a_block_keeps_is_counted_to_the_byte(make, dtype: str, precision: str, changes: dict):
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_a_block_keeps_is_counted_to_the_byte(
+    make, dtype: str, precision: str, changes: dict, padded: bool
+):
     ids = torch.randint(2, 48, (2, 64))
     three, two = (make(dtype, n_layers=n, **changes) for n in (3, 2))
     settings = PlanSettings(policy=sizes_of(three, ""), dtype=dtype, precision=precision)
     numbers = Numbers.of_policy(settings)
-    block = saved_bytes(three, precision, ids) - saved_bytes(two, precision, ids)
+    lower = saved_bytes(two, precision, ids, padded=padded)
+    block = saved_bytes(three, precision, ids, padded=padded) - lower
     copies = 2 * settings.policy.num_linear // 3 if numbers.cast else 0
-    assert block == ids.numel() * saved_by_block(settings.policy, numbers) + copies
-    rest = saved_bytes(two, precision, ids) - 2 * block
+    assert block == ids.numel() * saved_by_block(settings.policy, numbers, padded=padded) + copies
+    rest = lower - 2 * block
     # Beside what is saved, the result itself is there.
     result = numbers.residual * settings.policy.width
     assert rest == ids.numel() * (saved_around_blocks(settings.policy, numbers) - result)
@@ -74,11 +82,11 @@ def test_what_a_block_keeps_worked_by_hand(make):
     sizes = sizes_of(make("float32"), "")
     full = Numbers.of_policy(PlanSettings(policy=sizes))
     # float32, D = K = 64, M = 192, 4 heads. Two norms: input, normed, 1/rms. Then the two results of norms
-    # that the linear layers share, q, k, v and mixture, 4 normalisers, and gate, its silu, up, product.
-    assert saved_by_block(sizes, full) == 4 * (2 * (2 * 64 + 1) + 2 * 64 + 4 * 64 + 4 + 4 * 192)
+    # that the linear layers share, q, k, v, mixture, 4 normalisers, the mask, and gate, its silu, up, product.
+    assert saved_by_block(sizes, full) == 4 * (2 * (2 * 64 + 1) + 2 * 64 + 4 * 64 + 4 + 1 + 4 * 192)
     mixed = Numbers.of_policy(PlanSettings(policy=sizes, precision="bf16-mixed"))
     # The norms stay float32; each of five layers casts its own input.
-    assert saved_by_block(sizes, mixed) == 8 * (2 * 64 + 1) + 2 * (5 * 64 + 4 * 64 + 4 * 192) + 16
+    assert saved_by_block(sizes, mixed) == 8 * (2 * 64 + 1) + 2 * (5 * 64 + 4 * 64 + 1 + 4 * 192) + 16
 
 
 def noisy(states: int, prompt: int, completion: int) -> MaskedBatch:

@@ -52,8 +52,9 @@ def test_known_checkpoints_need_no_folder_and_no_time(name: str):
     start = time.perf_counter()
     sizes = policy_sizes(name)
     assert time.perf_counter() - start < 20
-    # 2 x 126464 x 4096 + 32 x (4 x 4096^2 + 3 x 4096 x 12288 + 2 x 4096) + 4096.
-    assert sizes.num_parameters == 8_015_581_184
+    # LLaDA: 2 x 126464 x 4096 + 32 x (4 x 4096^2 + 3 x 4096 x 12288 + 2 x 4096) + 4096. Dream: 2 x 152064
+    # x 3584 + 28 x (2 x 3584^2 + 2 x 512 x 3584 + 3584 + 2 x 512 + 3 x 3584 x 18944 + 2 x 3584) + 3584.
+    assert sizes.num_parameters == (7_615_616_512 if "Dream" in name else 8_015_581_184)
     assert name in sizes.source
     assert "not on this machine" in sizes.source
 
@@ -70,7 +71,7 @@ def test_unknown_policies_are_refused():
 def test_a_folder_wins_over_a_known_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "GSAI-ML" / "LLaDA-1.5"
-    LLaDA(LLaDAConfig(d_model=8, n_heads=2, n_layers=1, mlp_hidden_size=8, vocab_size=16)).save_pretrained(
-        folder
-    )
+    ids = {"mask_token_id": 1, "pad_token_id": 0}
+    config = LLaDAConfig(d_model=8, n_heads=2, n_layers=1, mlp_hidden_size=8, vocab_size=16, **ids)
+    LLaDA(config).save_pretrained(folder)
     assert policy_sizes("GSAI-ML/LLaDA-1.5").width == 8
