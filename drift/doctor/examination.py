@@ -34,6 +34,7 @@ _MARGIN_NATS, _SIGMAS, _LEAST_TOKENS = 0.5, 4.0, 20
 _TOLERANCE_NATS = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 _LONGEST, _PROMPT_LENGTH, _COMPLETION_LENGTH = 256, 64, 16
 _OTHER_CANDIDATES = 8
+_MOVES = (0, -1, 1)  # rows of the head that a token may be read off: its own, those before and behind
 
 
 def examine_folder(
@@ -145,7 +146,8 @@ def _best_known(
         ids, mask, asked = (t.to(policy.device) for t in batch_of(texts, policy.pad_token_id))
         # The neighbours of the asked positions must exist, for what their rows of the head say.
         asked[:, -1] = False
-        rows = {move: _scores(policy, ids, mask, asked, policy.mask_token_id, move) for move in (0, -1, 1)}
+        scores = _scores(policy, ids, mask, asked, policy.mask_token_id, _MOVES)
+        rows = dict(zip(_MOVES, scores, strict=True))
         share = ids[asked].unique(return_counts=True)[1] / max(asked.sum().item(), 1)
         chance = (share * share.log()).sum().item()
         enough = asked.sum().item() >= _LEAST_TOKENS
@@ -181,7 +183,7 @@ def _mask_id(
     # Ordinary tokens, evenly over the vocabulary: none of them is as good as the mask that was trained.
     words = [i for i in range(5, len(tokenizer), max(len(tokenizer) // _OTHER_CANDIDATES, 1)) if i != ours]
     candidates = [i for i in {*named, *others, *words} if i < policy.head.weight.shape[0]]
-    gains = {i: _gain(_scores(policy, *batch, i, 0), aligned, chance) for i in candidates}
+    gains = {i: _gain(_scores(policy, *batch, i)[0], aligned, chance) for i in candidates}
     best = max((i for i in gains if gains[i]), key=lambda i: gains[i], default=None)
     if best is not None:
         name, gain = tokenizer.convert_ids_to_tokens(best), gains[best]
@@ -194,16 +196,24 @@ def _mask_id(
 
 
 def _scores(
-    policy: DiffusionLM, ids: Tensor, mask: Tensor, asked: Tensor, mask_token_id: int, move: int
-) -> Tensor:
-    """[n] log-probabilities of the asked tokens, read off the row `move` places away; nats."""
+    policy: DiffusionLM,
+    ids: Tensor,
+    mask: Tensor,
+    asked: Tensor,
+    mask_token_id: int,
+    moves: Sequence[int] = (0,),
+) -> list[Tensor]:
+    """[n] log-probabilities of the asked tokens, read off the rows that many places away; nats."""
     hidden = policy(ids.masked_fill(asked, mask_token_id), mask)
     row, position = asked.nonzero(as_tuple=True)
 
     def read(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         return (logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0],)
 
-    return policy.head(hidden[row, position + move], read, ids[row, position], chunk_size=256)[0]
+    return [
+        policy.head(hidden[row, position + move], read, ids[row, position], chunk_size=256)[0]
+        for move in moves
+    ]
 
 
 def _gain(one: Tensor, other: Tensor, chance: float) -> float:
@@ -223,12 +233,12 @@ def _padding(policy: DiffusionLM, texts: list[Probe]) -> Check:
     """Rows alone against the same rows left-padded beside longer ones."""
     texts = [Probe(ids=p.ids[: 8 + 5 * n], start=0) for n, p in enumerate(texts[:4])]
     ids, mask, asked = (t.to(policy.device) for t in batch_of(texts, policy.pad_token_id))
-    together = _scores(policy, ids, mask, asked, policy.mask_token_id, 0)
+    together = _scores(policy, ids, mask, asked, policy.mask_token_id)[0]
     alone = []
     for row in range(len(texts)):
         real = mask[row]
         one, ones, where = (t[row, real][None] for t in (ids, mask, asked))
-        alone.append(_scores(policy, one, ones, where, policy.mask_token_id, 0))
+        alone.append(_scores(policy, one, ones, where, policy.mask_token_id)[0])
     off = (together - torch.cat(alone)).abs().mean().item()
     limit = _tolerance(policy)
     found = f"padded rows differ from the same rows alone by {off:.1e} nats a token"

@@ -60,8 +60,8 @@ def saved_by_block(sizes: PolicySizes, numbers: Numbers, rank: int = 0, *, padde
     shared = numbers.residual == entering and (trained or entering == FULL)
     norms = 2 * (FULL * width + FULL + (numbers.residual * width if trained else 0))
     inputs = (2 if shared else 5) * entering * width
-    # Queries, keys, values, the mixture, and the logarithm of each head's normaliser. With padding, as batches
-    # of real prompts have it, there is a mask, and grouped keys and values are repeated for every head.
+    # Queries, keys, values, the mixture, and the logarithm of each head's normaliser. Prompts of several
+    # lengths need a mask, and then grouped keys and values are repeated for every head.
     kv_width = width if padded else sizes.kv_width
     attention = compute * (2 * width + 2 * kv_width + padded) + FULL * sizes.num_heads
     feed_forward = compute * 3 * sizes.mlp_width + entering * sizes.mlp_width
