@@ -72,6 +72,11 @@ class DiffusionLM(PreTrainedModel):
         raise NotImplementedError
 
     @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.config.hidden_size // self.config.num_attention_heads
+
+    @property
     def mask_token_id(self) -> int:
         """Id of the mask token: the one that the policy fills in and never emits."""
         return self.config.mask_token_id
@@ -103,22 +108,15 @@ class DiffusionLM(PreTrainedModel):
 
     def run_blocks(
         self,
-        x: Tensor,
-        table: tuple[Tensor, Tensor],
-        key_mask: Tensor | None,
-        cache: KeyValueCache | None = None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor,
+        cache: KeyValueCache | None,
     ) -> Tensor:
-        """The residual stream after all blocks.
-
-        Args:
-            x: [B,l,D] embedded tokens.
-            table: what `rotary_table` gives.
-            key_mask: [B,1,1,L] bool, False at padding; None: no padding.
-            cache: keys and values of positions that are not fed.
-
-        Returns:
-            [B,l,D].
-        """
+        """The residual stream [B,l,D] after all blocks; arguments as for `forward`."""
+        table = rotary_table(position_ids, self.head_width, self.config.rope_theta)
+        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
+        x = self.get_input_embeddings()(input_ids)
         # A cache would be extended a second time in backward.
         recompute = (
             self.activation_checkpointing and self.training and cache is None and torch.is_grad_enabled()
@@ -233,6 +231,13 @@ class RMSNorm(nn.Module):
         full = x.float()
         full = full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + self.eps)
         return self.weight * full.to(x.dtype)
+
+
+def default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B,L] int64 positions of whole rows [B,L], which do not count padding."""
+    if attention_mask is not None:
+        return positions_from_mask(attention_mask)
+    return torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:

@@ -15,10 +15,9 @@ from drift.models.base import (
     KeyValueCache,
     RMSNorm,
     attend,
-    positions_from_mask,
+    default_positions,
     require_sizes,
     require_values,
-    rotary_table,
     rotate,
 )
 from drift.models.head import VocabHead
@@ -216,16 +215,8 @@ class Dream(DiffusionLM):
     ) -> Tensor:
         """Hidden states [B,l,D], aligned; see `DiffusionLM.forward`."""
         if position_ids is None:
-            position_ids = (
-                torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-                if attention_mask is None
-                else positions_from_mask(attention_mask)
-            )
-        head_width = self.config.hidden_size // self.config.num_attention_heads
-        table = rotary_table(position_ids, head_width, self.config.rope_theta)
-        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
-        # Without a name here, the embedded tokens are freed when the first block is through.
-        x = self.run_blocks(self.get_input_embeddings()(input_ids), table, key_mask, cache)
+            position_ids = default_positions(input_ids, attention_mask)
+        x = self.run_blocks(input_ids, attention_mask, position_ids, cache)
         raw = self.model["norm"](x)
         return shifted(raw, position_ids, None if cache is None else cache.state_before(raw))
 

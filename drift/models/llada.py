@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
@@ -15,10 +14,9 @@ from drift.models.base import (
     KeyValueCache,
     RMSNorm,
     attend,
-    positions_from_mask,
+    default_positions,
     require_sizes,
     require_values,
-    rotary_table,
     rotate,
 )
 from drift.models.head import VocabHead
@@ -192,13 +190,6 @@ class LLaDA(DiffusionLM):
     ) -> Tensor:
         """Hidden states [B,l,D]; see `DiffusionLM.forward`."""
         if position_ids is None:
-            position_ids = (
-                torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-                if attention_mask is None
-                else positions_from_mask(attention_mask)
-            )
-        table = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
-        # Without a name here, the embedded tokens are freed when the first block is through.
-        x = self.run_blocks(self.get_input_embeddings()(input_ids), table, key_mask, cache)
+            position_ids = default_positions(input_ids, attention_mask)
+        x = self.run_blocks(input_ids, attention_mask, position_ids, cache)
         return self._transformer["ln_f"](x)
