@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +80,32 @@ def unsupported_type(folder: Path, config: Mapping[str, Any], supported: list[st
         f"{key} is {str(folder)!r}: its config.json has model_type: {config.get('model_type')!r}; "
         f"supported: {supported}{why}"
     )
+
+
+def require_sizes(config: object, keys: Sequence[str]) -> None:
+    """Raises ConfigError where one of a configuration's sizes is no positive whole number."""
+    for key in keys:
+        value = getattr(config, key)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"config.json has {key}: {value!r}; it must be a positive whole number")
+
+
+def require_values(config: Any, family: str, supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ConfigError where a configuration asks for what its family's class does not compute.
+
+    Args:
+        config: of the checkpoint.
+        family: its name, for the message.
+        supported: the values that each key may have; a key that is absent has the first one.
+    """
+    size = config.vocab_size
+    for key, values in supported.items():
+        found = getattr(config, key, values[0])
+        if found not in values:
+            raise ConfigError(f"config.json has {key}: {found!r}; supported for {family}: {list(values)}")
+    for key in ("mask_token_id", "pad_token_id"):
+        value = getattr(config, key)
+        if not isinstance(value, int) or not 0 <= value < size:
+            raise ConfigError(
+                f"config.json has {key}: {value!r}; it must be a token id below vocab_size {size}"
+            )

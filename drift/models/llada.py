@@ -9,17 +9,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from drift.contract import ConfigError
-from drift.models.base import (
-    DiffusionLM,
-    KeyValueCache,
-    RMSNorm,
-    attend,
-    default_positions,
-    require_sizes,
-    require_values,
-    rotate,
-)
+from drift.models.base import DiffusionLM, KeyValueCache
 from drift.models.head import VocabHead
+from drift.models.inspection import require_sizes, require_values
+from drift.models.layers import RMSNorm, attend, default_positions, rotate
 
 
 class LLaDAConfig(PreTrainedConfig):

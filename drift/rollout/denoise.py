@@ -10,7 +10,7 @@ from torch import Tensor
 
 from drift.contract import Rollout
 from drift.models import DiffusionLM
-from drift.models.base import positions_from_mask
+from drift.models.layers import positions_from_mask
 from drift.randomness import draw_keys, fold, uniform
 from drift.rollout.cache import PrefixCache
 from drift.rollout.config import DenoiseConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from drift.models import LLaDA
-from drift.models.base import positions_from_mask
+from drift.models.layers import positions_from_mask
 from drift.rollout import PrefixCache
 
 
