@@ -166,6 +166,11 @@ class LLaDA(DiffusionLM):
         """Standard deviation of freshly initialised weights."""
         return self.config.init_std
 
+    @property
+    def illegal_token_ids(self) -> list[int]:
+        """The mask token, and rows beyond the vocabulary, which stand for no token."""
+        return [self.mask_token_id, *range(self.config.vocab_size, self.head.out_features)]
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
         return self._transformer["wte"]

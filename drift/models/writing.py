@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from drift.contract import ConfigError
+from drift.models.weights import weight_files
 
 ExportDType = Literal["source", "float32", "bfloat16", "float16"]
 # All of a folder but its weights: configurations, tokenizer files, and code, which is copied, never run.
@@ -146,7 +147,8 @@ def require_export_options(dtype: str, max_shard_size: str) -> None:
 def _source_dtypes(source: Path) -> dict[str, torch.dtype]:
     """Name and dtype of every tensor in a folder's safetensors, from their headers; empty without any."""
     found = {}
-    for file in sorted(source.glob("*.safetensors")):
+    # Of the files that loading reads: others, such as an adapter's, are no part of the policy.
+    for file in weight_files(source):
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 found[name] = _DTYPES[opened.get_slice(name).get_dtype()]

@@ -308,3 +308,26 @@ def test_in_bfloat16_rounding_is_allowed_for(llada: Path):
     checks = examine_folder(llada, dtype=torch.bfloat16)
     assert failures(checks) == ""
     assert status(checks)["re-scoring"] == "ok"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_large_logits_round_more_and_are_no_alarm(dtype: torch.dtype, make_policy):
+    """Deep and peaked: in bfloat16 its padded rows are further apart than those of an unpeaked policy."""
+    policy = make_policy(vocab_size=SIZE, mask_token_id=MASK, d_model=64, n_layers=8, init_std=0.3)
+    with torch.no_grad():
+        policy.head.weight.mul_(4)
+    torch.nn.Module.to(policy, dtype)
+    assert failures(examine(policy, character_tokenizer(SIZE, PAD, MASK), [])) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init_std", [0.02, 0.1, 0.5])
+def test_padding_is_seen_at_any_size_of_logits(
+    dtype: torch.dtype, init_std: float, make_policy, monkeypatch: pytest.MonkeyPatch
+):
+    policy = make_policy(vocab_size=SIZE, mask_token_id=MASK, d_model=64, n_layers=4, init_std=init_std)
+    torch.nn.Module.to(policy, dtype)
+    whole = LLaDA.forward
+    monkeypatch.setattr(LLaDA, "forward", lambda self, ids, mask=None, *rest: whole(self, ids, None, *rest))
+    found = {check.name: check for check in examine(policy, character_tokenizer(SIZE, PAD, MASK), [])}
+    assert found["padding"].status == "failed", found["padding"].found

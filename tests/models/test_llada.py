@@ -180,3 +180,12 @@ def test_the_config_keeps_keys_that_it_does_not_know():
     config = LLaDAConfig(d_model=32, n_heads=4, flash_attention=True)
     assert config.flash_attention is True
     assert config.hidden_size == 32
+
+
+def test_rows_beyond_the_vocabulary_are_never_emitted(make_policy: Make):
+    policy = make_policy(vocab_size=40, embedding_size=48)
+    assert policy.illegal_token_ids == [1, *range(40, 48)]
+    with torch.no_grad():
+        policy.head.weight[40:] = 20 * policy.head.weight[2:10]
+    logits = policy.forbid_illegal(policy.logits(torch.tensor([[3, 1, 5]])))
+    assert logits.argmax(dim=-1).max() < 40

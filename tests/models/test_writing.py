@@ -62,6 +62,12 @@ def test_shards_and_another_dtype(source: Path, tmp_path: Path):
     assert all(torch.equal(again[name], value.bfloat16()) for name, value in policy.state_dict().items())
 
 
+def test_weights_that_are_not_the_policys_stay_behind(source: Path, tmp_path: Path):
+    save_file({"lora_A": torch.zeros(2)}, source / "adapter_model.safetensors")
+    write_folder(load_policy(source).state_dict(), source, tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
 def test_a_tied_head_is_written_once(tmp_path: Path, make_policy):
     source = tmp_path / "source"
     policy = make_policy(weight_tying=True)
