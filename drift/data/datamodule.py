@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from drift.contract import ConfigError, Problem, PromptBatch
+from drift.data.benchmarks import Benchmark, EvaluationSet, chosen, evaluation_sources, procedural
 from drift.data.sources import Source, load_rows
 from drift.data.stream import (
     EvaluationPrompts,
@@ -24,6 +25,7 @@ from drift.data.stream import (
     ShuffledRows,
     StreamedRows,
     collate_prompts,
+    fitting_rows,
 )
 from drift.data.template import PromptTemplate
 from drift.distributed import rank, share_of_rank, world_size
@@ -43,7 +45,9 @@ class PromptDataModule(LightningDataModule):
         train: where training rows come from; None: the task makes them.
         validation: where validation rows come from; None: the task makes `num_validation` of them, and one
             that cannot is trained without validation.
-        test: where test rows come from; None: the task makes `num_test` of them.
+        test: where test rows come from: one source, or several benchmarks by name; None: the task makes
+            `num_test` of them.
+        benchmarks: names of the benchmarks of `test` to use; None: all.
         prompts_per_step: prompts rolled out for one step, over all ranks.
         evaluation_batch_size: prompts of an evaluation batch on each rank.
         num_validation: rows that a procedural task makes for validation.
@@ -67,7 +71,8 @@ class PromptDataModule(LightningDataModule):
         tokenizer: str | None = None,
         train: Source | None = None,
         validation: Source | None = None,
-        test: Source | None = None,
+        test: Source | dict[str, Benchmark] | None = None,
+        benchmarks: list[str] | None = None,
         prompts_per_step: int = 8,
         evaluation_batch_size: int = 64,
         num_validation: int = 256,
@@ -98,8 +103,11 @@ class PromptDataModule(LightningDataModule):
             )
         self.task = task
         self.tokenizer_path = tokenizer
-        self.sources = {"train": train, "validation": validation, "test": test}
-        self.num_rows = {"validation": num_validation, "test": num_test}
+        self.train_source = train
+        self.evaluation_sources = {
+            "validation": evaluation_sources("validation", validation, task, num_validation),
+            "test": chosen(evaluation_sources("test", test, task, num_test), benchmarks),
+        }
         self.prompts_per_step = prompts_per_step
         self.evaluation_batch_size = evaluation_batch_size
         self.max_prompt_length = max_prompt_length
@@ -114,7 +122,7 @@ class PromptDataModule(LightningDataModule):
         self.examples: list[Problem] = []  # the stage's first problems, to be shown and probed with
         self._first: list[Mapping[str, Any]] = []
         self._train: Rows | None = None
-        self._evaluation: dict[str, Sequence[Mapping[str, Any]]] = {}
+        self.evaluation_sets: dict[str, list[EvaluationSet]] = {}  # by split; loader i of a split is set i
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -152,18 +160,20 @@ class PromptDataModule(LightningDataModule):
             self._train = self._training_rows()
             first = self._first or islice(self._train.starting_at(0), _NUM_EXAMPLES)
             self.examples = [self.task.problem(row) for row in first]
-        for split in {"fit": ("validation",), "validate": ("validation",)}.get(stage, ("test",)):
-            rows = self._evaluation[split] = self._evaluation_rows(split, needed=stage != "fit")
-            if stage != "fit":
-                self.examples = [self.task.problem(row) for row in islice(rows, _NUM_EXAMPLES)]
+        split = "validation" if stage in ("fit", "validate") else "test"
+        self.evaluation_sets[split] = self.load_sets(split, needed=stage != "fit")
+        if stage != "fit":
+            first_set = self.evaluation_sets[split][0]
+            self.examples = [first_set.task.problem(row) for row in islice(first_set.rows, _NUM_EXAMPLES)]
 
     def train_dataloader(self) -> Iterable[PromptBatch]:
         """The stream, from the step that training is at."""
         assert self.trainer is not None
         assert self._train is not None
+        path = type(self.task).__name__ if self.train_source is None else self.train_source.path
         stream = PromptStream(
             self._train,
-            self._collate("train", self.demonstration_length),
+            self._collate(self.task, f"data.train ({path})", self.demonstration_length),
             self.prompts_per_step,
             share_of_rank(self.prompts_per_step, "data.prompts_per_step"),
             start_step=self.trainer.global_step,
@@ -171,21 +181,43 @@ class PromptDataModule(LightningDataModule):
         )
         return DataLoader(stream, batch_size=None)
 
-    def val_dataloader(self) -> Iterable[PromptBatch]:
-        """The validation rows."""
-        return self._evaluation_loader("validation")
+    def val_dataloader(self) -> Any:
+        """The validation rows in batches."""
+        return self._loaders("validation")
 
-    def test_dataloader(self) -> Iterable[PromptBatch]:
-        """The test rows."""
-        return self._evaluation_loader("test")
+    def test_dataloader(self) -> Any:
+        """The test rows in batches; where there are several sets a list, a loader each."""
+        return self._loaders("test")
 
-    def predict_dataloader(self) -> Iterable[PromptBatch]:
-        """The test rows."""
-        return self._evaluation_loader("test")
+    def predict_dataloader(self) -> Any:
+        """The test rows, as in `test_dataloader`."""
+        return self._loaders("test")
 
     def teardown(self, stage: str) -> None:
-        """Ends the reward's processes."""
-        self.task.reward.close()
+        """Ends the rewards' processes."""
+        tasks = [source.task for sources in self.evaluation_sources.values() for source in sources]
+        for task in {id(task): task for task in (self.task, *tasks)}.values():
+            task.reward.close()
+
+    def load_sets(self, split: str, *, needed: bool = True) -> list[EvaluationSet]:
+        """The evaluation sets of a split, with every row looked at: none may stop a run after hours.
+
+        Args:
+            split: "validation" or "test".
+            needed: False: none, where nothing is set and the task makes no rows.
+
+        Raises:
+            ConfigError: where rows cannot be read, or a row cannot be used.
+        """
+        found = []
+        for source in self.evaluation_sources[split]:
+            if not needed and source.source is None and not isinstance(source.task, ProceduralTask):
+                continue
+            rows = source.load(split)
+            if isinstance(rows, Dataset):
+                rows = self._checked(rows, source.task, source.where)
+            found.append(EvaluationSet(name=source.name, rows=rows, task=source.task, where=source.where))
+        return found
 
     def _policy_folder(self) -> Any:
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -197,9 +229,9 @@ class PromptDataModule(LightningDataModule):
         return folder
 
     def _training_rows(self) -> Rows:
-        source = self.sources["train"]
+        source = self.train_source
         if source is None:
-            return ProceduralRows(self._procedural("train"))
+            return ProceduralRows(procedural(self.task, "data.train"))
         rows = load_rows(source, self.task, "data.train")
         if isinstance(rows, StreamingDataset):
             if self.long_prompts == "drop":
@@ -207,60 +239,41 @@ class PromptDataModule(LightningDataModule):
             # Before they are shuffled: that reads thousands of them.
             self._first = list(islice(rows, _NUM_EXAMPLES))
             return StreamedRows(rows.shuffle(seed=self.seed, buffer_size=10_000) if self.shuffle else rows)
-        checked = self._checked(rows, f"data.train ({source.path}) row", self.demonstration_length)
-        return ShuffledRows(checked, self.seed, self.shuffle)
+        where = f"data.train ({source.path})"
+        return ShuffledRows(
+            self._checked(rows, self.task, where, self.demonstration_length), self.seed, self.shuffle
+        )
 
-    def _evaluation_rows(self, split: str, *, needed: bool) -> Sequence[Mapping[str, Any]]:
-        source = self.sources[split]
-        if source is not None:
-            rows = load_rows(source, self.task, f"data.{split}")
-            whole = Dataset.from_list(list(rows)) if isinstance(rows, StreamingDataset) else rows
-            return self._checked(whole, f"data.{split} ({source.path}) row")
-        if needed or isinstance(self.task, ProceduralTask):
-            return self._procedural(split).rows(split, self.num_rows[split])
-        return []
-
-    def _procedural(self, split: str) -> ProceduralTask:
-        if not isinstance(self.task, ProceduralTask):
-            raise ConfigError(
-                f"data.{split} is None: {type(self.task).__name__} doesn't make its own rows; "
-                f"set data.{split}.path to a file or a hub dataset"
-            )
-        return self.task
-
-    def _checked(self, rows: Dataset, where: str, demonstration_length: int | None = None) -> Any:
-        """The rows whose prompts fit, all looked at now: one that doesn't must not stop a run after hours."""
-        usable = []
-        for number, row in enumerate(rows):
-            problem = self.task.problem(cast("Mapping[str, Any]", row))
-            if self.long_prompts == "drop" and self.template.num_tokens(problem) > self.max_prompt_length:
-                continue
-            self.template.encode(problem, f"{where} {number}")
-            if demonstration_length is not None:
-                self.template.encode_demonstration(problem, demonstration_length, f"{where} {number}")
-            usable.append(number)
-        if not usable:
-            raise ConfigError(
-                f"{where}: none of the rows has a prompt of at most data.max_prompt_length "
-                f"({self.max_prompt_length}) tokens; raise it"
-            )
-        return rows.select(usable)
+    def _checked(self, rows: Dataset, task: Task, where: str, demonstration_length: int | None = None) -> Any:
+        drop = self.long_prompts == "drop"
+        return fitting_rows(
+            rows, task, self.template, where, drop_long=drop, demonstration_length=demonstration_length
+        )
 
     def _is_short(self, row: Mapping[str, Any]) -> bool:
         return self.template.num_tokens(self.task.problem(row)) <= self.max_prompt_length
 
-    def _collate(self, split: str, demonstration_length: int | None = None) -> Any:
-        source = self.sources[split]
-        where = f"data.{split} ({source.path if source else type(self.task).__name__}) row"
+    def _collate(self, task: Task, where: str, demonstration_length: int | None = None) -> Any:
         return partial(
-            collate_prompts, self.task, self.template, demonstration_length=demonstration_length, where=where
+            collate_prompts,
+            task,
+            self.template,
+            demonstration_length=demonstration_length,
+            where=f"{where} row",
         )
 
-    def _evaluation_loader(self, split: str) -> Iterable[PromptBatch]:
-        rows = self._evaluation[split]
-        if not rows:
-            return []
-        prompts = EvaluationPrompts(
-            rows, self._collate(split), self.evaluation_batch_size, rank(), world_size()
-        )
-        return DataLoader(prompts, batch_size=None)
+    def _loaders(self, split: str) -> Any:
+        loaders = [
+            DataLoader(
+                EvaluationPrompts(
+                    found.rows,
+                    self._collate(found.task, found.where),
+                    self.evaluation_batch_size,
+                    rank(),
+                    world_size(),
+                ),
+                batch_size=None,
+            )
+            for found in self.evaluation_sets[split]
+        ]
+        return loaders[0] if len(loaders) == 1 else loaders

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
 from torch.utils.data import IterableDataset
 
@@ -170,6 +171,45 @@ class EvaluationPrompts(IterableDataset[PromptBatch]):
         for start in range(0, len(self.places), self.batch_size):
             places = self.places[start : start + self.batch_size]
             yield self.collate([self.rows[i] for i in places], list(places), 0)
+
+
+def fitting_rows(
+    rows: Dataset,
+    task: Task,
+    template: PromptTemplate,
+    where: str,
+    *,
+    drop_long: bool = False,
+    demonstration_length: int | None = None,
+) -> Dataset:
+    """The rows whose prompts fit, all looked at now: one that doesn't must not stop a run after hours.
+
+    Args:
+        rows: of a dataset, which suit the task.
+        task: makes problems of them.
+        template: renders and tokenises these.
+        where: the dataset in words, for error messages.
+        drop_long: leave out prompts longer than the template's `max_length`, and don't raise.
+        demonstration_length: also look at the demonstrations, which must fit into this length.
+
+    Raises:
+        ConfigError: where a prompt or demonstration cannot be used, or none is left.
+    """
+    usable = []
+    for number, row in enumerate(rows):
+        problem, name = task.problem(cast("Row", row)), f"{where} row {number}"
+        if drop_long and template.num_tokens(problem) > template.max_length:
+            continue
+        template.encode(problem, name)
+        if demonstration_length is not None:
+            template.encode_demonstration(problem, demonstration_length, name)
+        usable.append(number)
+    if not usable:
+        raise ConfigError(
+            f"{where}: none of the rows has a prompt of at most data.max_prompt_length "
+            f"({template.max_length}) tokens; raise it"
+        )
+    return rows.select(usable)
 
 
 def collate_prompts(

@@ -1,0 +1,164 @@
+"""What policies are evaluated on: one set of rows, or several benchmarks by name."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from datasets import IterableDataset as StreamingDataset
+
+from drift.contract import ConfigError
+from drift.data.sources import Source, load_rows
+from drift.tasks import ProceduralTask, Task
+
+_NAME = re.compile(r"[\w.+-]+")
+
+
+@dataclass(kw_only=True)
+class Benchmark(Source):
+    """Names a set of test rows, and the task that reads and judges them.
+
+    Args:
+        path: a local .json, .jsonl or .parquet file, or the id of a dataset on the hub; empty: the task makes
+            the rows, `limit` of them or data.num_test.
+        task: what a problem is here; None: data.task.
+    """
+
+    path: str = ""
+    task: Task | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSet:
+    """Rows to evaluate on, with the task that reads and judges them."""
+
+    name: str  # what results call it
+    rows: Sequence[Mapping[str, Any]]
+    task: Task
+    where: str  # in words, for messages: "data.test.math500 (MATH500.json)"
+
+    def content_hash(self) -> str:
+        """A name for the rows: the same for the same rows in the same order, wherever they came from."""
+        digest = blake2b(digest_size=8)
+        for row in self.rows:
+            digest.update(json.dumps(dict(row), sort_keys=True, default=str).encode())
+            digest.update(b"\n")
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSource:
+    """An evaluation set that has not been loaded.
+
+    Args:
+        key: the setting that names it, such as "data.test.math500".
+        name: what results call it.
+        source: where its rows come from; None: the task makes them.
+        task: reads and judges them.
+        num: rows that a procedural task makes.
+    """
+
+    key: str
+    name: str
+    source: Source | None
+    task: Task
+    num: int
+
+    @property
+    def where(self) -> str:
+        """The set in words, for messages."""
+        return f"{self.key} ({self.source.path if self.source else type(self.task).__name__})"
+
+    def load(self, split: str) -> Dataset | list[dict[str, Any]]:
+        """All its rows; those of a file or hub dataset are known to suit the task.
+
+        Args:
+            split: of the puzzles, where the task makes them.
+
+        Raises:
+            ConfigError: where they cannot be read or made.
+        """
+        if self.source is None:
+            return procedural(self.task, self.key).rows(split, self.num)
+        rows = load_rows(self.source, self.task, self.key)
+        return Dataset.from_list(list(rows)) if isinstance(rows, StreamingDataset) else rows
+
+
+def procedural(task: Task, key: str) -> ProceduralTask:
+    """The task, which makes its own rows; raises ConfigError where it does not.
+
+    Args:
+        task: of the rows.
+        key: the setting that could say where they come from, for the error message.
+    """
+    if not isinstance(task, ProceduralTask):
+        raise ConfigError(
+            f"{key} is None: {type(task).__name__} doesn't make its own rows; "
+            f"set {key}.path to a file or a hub dataset"
+        )
+    return task
+
+
+def evaluation_sources(
+    split: str, given: Source | Mapping[str, Benchmark] | None, task: Task, num: int
+) -> list[EvaluationSource]:
+    """The evaluation sets of a split, in the order in which they are given.
+
+    Args:
+        split: "validation" or "test".
+        given: the setting: one source, several by name, or None: the task makes the rows.
+        task: reads what has no task of its own.
+        num: rows that a procedural task makes where no limit is set.
+
+    Raises:
+        ConfigError: where there are no names, one that cannot stand in results, or a benchmark without rows.
+    """
+    key = f"data.{split}"
+    if given is None or isinstance(given, Source):
+        own = type(task).__name__.removesuffix("Task").lower()
+        name = own if given is None else Path(given.path).stem
+        return [EvaluationSource(key=key, name=name, source=given, task=task, num=num)]
+    if not given:
+        raise ConfigError(f"{key} is {{}}: name at least one benchmark, or set {key}.path")
+    found = []
+    for name, benchmark in given.items():
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"{key} has a benchmark {name!r}: use letters, digits, '_', '-', '+' and '.'")
+        own_task = task if benchmark.task is None else benchmark.task
+        source = benchmark if benchmark.path else None
+        if source is None:
+            procedural(own_task, f"{key}.{name}")
+            if benchmark.limit is not None and benchmark.limit < 1:
+                raise ConfigError(f"{key}.{name}.limit is {benchmark.limit}: set it to 1 or more, or null")
+        found.append(
+            EvaluationSource(
+                key=f"{key}.{name}", name=name, source=source, task=own_task, num=benchmark.limit or num
+            )
+        )
+    return found
+
+
+def chosen(sources: Sequence[EvaluationSource], names: Sequence[str] | None) -> list[EvaluationSource]:
+    """Some of the evaluation sets, in the order of the names; None: all.
+
+    Raises:
+        ConfigError: where a name is none of theirs, or stands there twice.
+    """
+    if names is None:
+        return list(sources)
+    known = {source.name: source for source in sources}
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"data.benchmarks is {list(names)}: name each benchmark once, or set it to null")
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"data.benchmarks names {name!r}: data.test has only {', '.join(known)}{hint}")
+    return [known[name] for name in names]
