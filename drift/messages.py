@@ -19,6 +19,8 @@ _EXPECTED = re.compile(r"Expected a (.+?)(?:\. Got value: .*)?")
 _SUBTYPE = re.compile(r"<class '[^']+'>|typing\.Literal\[[^]]*\]")
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 _NESTED = re.compile(r"NestedArg\(key='.*', val='(.*)'\)")
+# The key of a value inside a mapping: what stands before the name of the unknown setting.
+_NESTED_KEY = re.compile(r"NestedArg\(key='([^']+)\.[^'.]+'")
 # Lines that say how the parser went about it, not what is wrong.
 _NOISE = (
     "Parser key",
@@ -48,7 +50,9 @@ def explain(message: str, keys: Sequence[str]) -> str:
     places = _PLACE.findall(message)
     option, classes = _OPTION.search(message), _CLASS.findall(message)
     if places and option and classes:
-        return _unknown_argument(".".join(places), option[1], classes[-1])
+        inside = _NESTED_KEY.search(message)
+        place = ".".join([*places, *(inside.groups() if inside else ())])
+        return _unknown_argument(place, option[1], classes[-1])
     unknown = None if places else _UNKNOWN.search(message)
     if unknown:
         return f"{' '.join(message.split())}{nearest(unknown[1], keys)}"
