@@ -1,8 +1,9 @@
-"""What is measured of rollouts: sums and counts over everything seen, on any number of ranks."""
+"""What is measured of rollouts, and how sure one can be of it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,9 +27,87 @@ def wilson_interval(num_correct: float, num: float) -> tuple[float, float]:
     return max(centre - half, 0.0), min(centre + half, 1.0)
 
 
+def clustered_interval(num_correct: Sequence[int], samples: int) -> tuple[float, float]:
+    """95 % interval of accuracy, from several answers to each prompt, which are alike.
+
+    Wilson's interval with the effective number of answers, that is their number over the design effect: among
+    intervals of clustered shares one of those that Franco et al. recommend (J. Surv. Stat. Methodol. 7, 2019,
+    p. 334). The design effect is the variance of the prompts' accuracies over what independent answers would
+    have, so that for one answer a prompt this is `wilson_interval`. Where all answers are right or all are
+    wrong they say nothing of how alike they are, and each prompt counts once.
+
+    Args:
+        num_correct: correct answers of each prompt, at least one prompt.
+        samples: answers of each prompt.
+    """
+    num = len(num_correct)
+    accuracy = sum(num_correct) / (num * samples)
+    independent = accuracy * (1 - accuracy) / samples
+    if independent == 0:
+        effective = float(num)
+    else:
+        spread = sum((count / samples - accuracy) ** 2 for count in num_correct) / num
+        # Never more than there are answers, however even the prompts happen to be.
+        effective = num * samples / max(spread / independent, 1.0)
+    return wilson_interval(accuracy * effective, effective)
+
+
+def pass_at_k(num: int, num_correct: int, k: int) -> float:
+    """The chance that one of `k` of a prompt's answers is correct (Chen et al., arXiv 2107.03374, eq. 1).
+
+    Args:
+        num: answers, >= k.
+        num_correct: correct ones of them.
+        k: answers that are looked at, >= 1.
+    """
+    return 1 - math.comb(num - num_correct, k) / math.comb(num, k)
+
+
+def difference_interval(
+    first: tuple[float, float, float], second: tuple[float, float, float], correlation: float = 0.0
+) -> tuple[float, float]:
+    """95 % interval of `second - first`, from the two estimates' own intervals.
+
+    Newcombe's square-and-add interval (Stat. Med. 17, 1998, p. 873, for independent shares, and p. 2635, for
+    paired ones).
+
+    Args:
+        first: share, and its interval's ends.
+        second: the same of the other.
+        correlation: between the two estimates, in [-1, 1]; 0 for independent ones.
+    """
+
+    def root(below: float, above: float) -> float:
+        return math.sqrt(max(below**2 - 2 * correlation * below * above + above**2, 0.0))
+
+    (p, p_low, p_high), (q, q_low, q_high) = first, second
+    return q - p - root(q - q_low, p_high - p), q - p + root(q_high - q, p - p_low)
+
+
+def correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Pearson's correlation of two series; 0 where one of them is constant."""
+    p, q = (sum(values) / len(values) for values in (first, second))
+    product = sum((a - p) * (b - q) for a, b in zip(first, second, strict=True))
+    spread = math.sqrt(sum((a - p) ** 2 for a in first) * sum((b - q) ** 2 for b in second))
+    return product / spread if spread > 0 else 0.0
+
+
+def sign_test(num_better: int, num_worse: int) -> float:
+    """The exact two-sided p-value that better and worse are equally likely; McNemar's for one answer each.
+
+    Args:
+        num_better: prompts on which the one is better.
+        num_worse: prompts on which it is worse; those without a difference don't count.
+    """
+    num = num_better + num_worse
+    tail = sum(math.comb(num, i) for i in range(min(num_better, num_worse) + 1))
+    return min(1.0, 2 * tail / 2**num)
+
+
 class RolloutMetrics(Metric):
     """Accuracy with its 95 % interval, mean reward, timesteps per answer and tokens per forward pass.
 
+    They are sums and counts over everything seen, on any number of ranks.
     `tokens_per_forward` is what a row gets out of a pass that it takes part in: valid tokens / timesteps.
     """
 
