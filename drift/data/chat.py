@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -55,6 +56,13 @@ class ChatTemplate:
         )
         assert isinstance(text, str)
         return text
+
+    def turn_end(self, tokenizer: PreTrainedTokenizerFast) -> int | None:
+        """The special token that ends a turn; None where what follows a turn is no such token."""
+        behind = self.render(tokenizer, _USER, None).rpartition(_USER)[2]
+        ids: Any = tokenizer(behind, add_special_tokens=False)["input_ids"]
+        known = tokenizer.added_tokens_decoder
+        return ids[0] if ids and ids[0] in known and known[ids[0]].special else None
 
 
 def find_chat_template(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -46,6 +47,10 @@ class PromptTemplate:
         self.chat = find_chat_template(chat_template, tokenizer, family)
         if self.chat is not None:
             require_usable(self.chat, chat_template, tokenizer, system_prompt)
+        ends = [tokenizer.pad_token_id, tokenizer.eos_token_id]
+        ends.append(None if self.chat is None else self.chat.turn_end(tokenizer))
+        # Tokens that end an answer, padding among them.
+        self.end_token_ids = sorted({token for token in ends if isinstance(token, int)})
 
     @property
     def added_chat_template(self) -> str | None:
@@ -72,6 +77,15 @@ class PromptTemplate:
         """
         texts = self.tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
         return [problem.answer_prefix + text for problem, text in zip(problems, texts, strict=True)]
+
+    def finished(self, completion_ids: Tensor) -> Tensor:
+        """Whether an end token or padding stands in a completion, [N] bool.
+
+        Args:
+            completion_ids: [N,C] int64.
+        """
+        ends = torch.tensor(self.end_token_ids, device=completion_ids.device)
+        return torch.isin(completion_ids, ends).any(dim=1)
 
     def encode(self, problem: Problem, where: str) -> list[int]:
         """Token ids of the rendered prompt.

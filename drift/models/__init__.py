@@ -19,7 +19,7 @@ from drift.models.loading import (
     require_reference,
     resolve_folder,
 )
-from drift.models.snapshot import trainable_weights, weights_of
+from drift.models.snapshot import trainable_weights, weights_digest, weights_of
 from drift.models.tokenizers import load_tokenizer, require_matching_tokenizer
 
 __all__ = [
@@ -44,5 +44,6 @@ __all__ = [
     "require_reference",
     "resolve_folder",
     "trainable_weights",
+    "weights_digest",
     "weights_of",
 ]

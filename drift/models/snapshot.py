@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 
 import torch
 from torch import Tensor, nn
+
+_PIECE = 1 << 24
 
 
 def trainable_weights(policy: nn.Module) -> list[Tensor]:
@@ -28,6 +31,18 @@ def weights_of(policy: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
         yield
     finally:
         _overwrite(policy, now)
+
+
+@torch.no_grad()
+def weights_digest(policy: nn.Module) -> str:
+    """A short name for all weights of a policy, to the last bit: 16 hexadecimal digits."""
+    found = blake2b(digest_size=8)
+    for name, parameter in policy.named_parameters():
+        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        # In pieces: the copy of a whole embedding would be large.
+        for piece in parameter.detach().flatten().split(_PIECE):
+            found.update(piece.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -154,3 +154,23 @@ def test_a_demonstration_goes_on_from_the_answer_prefix():
     assert rendering.tokenizer.decode(ids) == "four"
     with pytest.raises(ConfigError, match=r"^row 3: its demonstration repeats the answer prefix 'It is '"):
         rendering.encode_demonstration(problem(demonstration="It is four", prefix="It is "), 20, "row 3")
+
+
+@pytest.mark.parametrize(
+    ("chat_template", "ends"),
+    [
+        ("none", ["<|endoftext|>"]),
+        # What follows the user's turn ends a turn; where that is no special token, nothing does.
+        ("{{ messages[-1].content }}<|turn|>\n<|start|>assistant", ["<|endoftext|>", "<|turn|>"]),
+        ("{{ messages[-1].content }}\n<|start|>assistant", ["<|endoftext|>"]),
+        ("{{ messages[-1].content }}", ["<|endoftext|>"]),
+    ],
+)
+def test_what_ends_an_answer(chat_template: str, ends: list[str]):
+    tokenizer = character_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|turn|>"]})
+    template = PromptTemplate(tokenizer, None, 100, chat_template=chat_template)
+    assert tokenizer.convert_ids_to_tokens(template.end_token_ids) == ends
+    letter, turn, padding = 5, tokenizer.convert_tokens_to_ids("<|turn|>"), tokenizer.pad_token_id
+    completions = torch.tensor([[letter, letter], [letter, turn], [padding, padding]])
+    assert template.finished(completions).tolist() == [False, "<|turn|>" in ends, True]
