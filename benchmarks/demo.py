@@ -49,7 +49,7 @@ def evaluate(folder: Path, seed: int, checkpoint: Path | None = None) -> dict[st
     path = folder / "test.json"
     chosen = [] if checkpoint is None else ["--ckpt_path", str(checkpoint)]
     drift("test", folder, seed, "--summary.path", str(path), *chosen)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8"))["results"][0]
 
 
 def report(base: dict[str, Any], trained: dict[str, Any], folder: Path, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """Callbacks: when something happens, never how. Import them as drift.callbacks."""
 
+from drift.callbacks.answers import AnswerCallback
 from drift.callbacks.checkpoint import CheckpointCallback
 from drift.callbacks.collapse import CollapseCallback
 from drift.callbacks.doctor import DoctorCallback
@@ -15,6 +16,7 @@ from drift.callbacks.samples import SampleTableCallback
 from drift.callbacks.summary import SummaryCallback
 
 __all__ = [
+    "AnswerCallback",
     "CheckpointCallback",
     "CollapseCallback",
     "DoctorCallback",

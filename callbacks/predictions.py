@@ -13,7 +13,7 @@ from drift.contract import PromptBatch
 
 
 class PredictionCallback(Callback):
-    """Writes one JSON line an answer: its place, prompt, completion, reward and timesteps.
+    """Writes one JSON line an answer: its data set and place, prompt, completion, reward and timesteps.
 
     Args:
         path: the file; None: `predictions.jsonl` in the run's folder. Each rank above 0 writes a file of its
@@ -49,13 +49,19 @@ class PredictionCallback(Callback):
         assert rollout.rewards is not None
         assert rollout.num_timesteps is not None
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        name = data.evaluation_sets["test"][dataloader_idx].name
         texts = data.template.answers(rollout.completion_ids, batch.problems)
         rewards, timesteps = rollout.rewards.sum(dim=1).tolist(), rollout.num_timesteps.tolist()
         with self._file(trainer).open("a", encoding="utf-8") as file:
             for i, (problem, position) in enumerate(
                 zip(batch.problems, batch.positions.tolist(), strict=True)
             ):
-                answer = {"position": position, "prompt": problem.prompt, "completion": texts[i]}
+                answer = {
+                    "dataset": name,
+                    "position": position,
+                    "prompt": problem.prompt,
+                    "completion": texts[i],
+                }
                 line = json.dumps({**answer, "reward": rewards[i], "timesteps": timesteps[i]})
                 file.write(f"{line}\n")
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from drift.contract import ConfigError, PromptBatch
+from drift.contract import ConfigError, PromptBatch, Rollout
+from drift.evaluation import GridConfig
 from drift.policy_module import PolicyModule
 from drift.rollout import DenoiseConfig, rollout_groups
-from drift.tasks import score
+from drift.tasks import Task, score
 
 
 class RolloutCallback(Callback):
@@ -22,8 +23,9 @@ class RolloutCallback(Callback):
         group_size: completions of a prompt in training, >= 2.
         completion_length: positions of a completion, a multiple of the block length.
         decode: how to decode in training.
-        evaluation: how to decode in validation, test and prediction.
+        evaluation: how to decode in validation and prediction, and in a test that says nothing else.
         evaluation_length: positions of a completion there; None: as in training.
+        test: lengths, decode settings and samples of `drift test`.
         batch_size: rows that are decoded at once on each rank; None: all.
         seed: of all draws; each is keyed by (seed, the prompt's place in the stream, the completion's place
             in its group).
@@ -39,6 +41,7 @@ class RolloutCallback(Callback):
         decode: DenoiseConfig = DenoiseConfig(temperature=1.0),  # noqa: B008 - frozen
         evaluation: DenoiseConfig = DenoiseConfig(),  # noqa: B008 - frozen
         evaluation_length: int | None = None,
+        test: GridConfig = GridConfig(),  # noqa: B008 - frozen
         batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -61,6 +64,9 @@ class RolloutCallback(Callback):
         self.seconds: dict[str, float] = {}
         decode.require_fits(self.completion_length)
         evaluation.require_fits(self.evaluation_length)
+        alone = GridConfig().cells(self.evaluation_length, evaluation, seed)
+        grid = test.cells(self.evaluation_length, evaluation, seed)
+        self.cells = {"fit": alone, "validate": alone, "test": grid, "predict": alone}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Hands the module the function that turns prompts into rollouts."""
@@ -68,46 +74,78 @@ class RolloutCallback(Callback):
             raise ConfigError(
                 f"RolloutCallback works with an RLDFModule or SFTModule, not {type(pl_module).__name__}"
             )
-        self._require_room(pl_module)
+        pl_module.cells = self.cells[stage]
+        self._require_room(pl_module, _longest_prompt(trainer, stage))
         pl_module.experience = partial(self.experience, trainer)
 
-    def _require_room(self, module: PolicyModule, prompt_length: int = 1) -> None:
+    def _require_room(self, module: PolicyModule, prompt_length: int) -> None:
         limit = module.policy_config.get("max_sequence_length")
-        longest = max(self.completion_length, self.evaluation_length)
+        keys = {cell.length: "test.lengths" for cell in module.cells}
+        keys |= {self.evaluation_length: "evaluation_length", self.completion_length: "completion_length"}
+        longest = max(keys)
         if limit is not None and prompt_length + longest > limit:
             raise ConfigError(
-                f"rollout.completion_length is {longest}: with a prompt of {prompt_length} tokens that is "
+                f"rollout.{keys[longest]} is {longest}: with a prompt of {prompt_length} tokens that is "
                 f"more than the policy's max_sequence_length of {limit}; lower it, or data.max_prompt_length"
             )
 
-    def experience(self, trainer: Trainer, module: PolicyModule, batch: PromptBatch) -> PromptBatch:
-        """The batch with its rollout, rewards included."""
+    def experience(
+        self, trainer: Trainer, module: PolicyModule, batch: PromptBatch, set_number: int = 0
+    ) -> PromptBatch:
+        """The batch with its rollout, rewards included; in evaluation with one for each cell of the grid.
+
+        Args:
+            trainer: says whether this is training.
+            module: owns the policy.
+            batch: the prompts.
+            set_number: in evaluation, which set of the split they are of.
+        """
         self._require_room(module, batch.prompt_ids.shape[1])
-        training = bool(trainer.training)
-        group_size = self.group_size if training else 1
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.training:
+            rollout = self._generate(
+                module, batch, self.completion_length, self.decode, self.group_size, self.seed
+            )
+            start = time.perf_counter()
+            _judge(data, data.task, batch, rollout)
+            self.seconds = {
+                "rollout/seconds": rollout.seconds,
+                "reward/seconds": time.perf_counter() - start,
+            }
+            return replace(batch, rollout=rollout)
+        split = "validation" if trainer.validating or trainer.sanity_checking else "test"
+        task = data.evaluation_sets[split][set_number].task
+        grid = []
+        for cell in module.cells:
+            rollout = self._generate(module, batch, cell.length, cell.decode, cell.samples, cell.seed)
+            _judge(data, task, batch, rollout)
+            rollout.finished = data.template.finished(rollout.completion_ids)
+            grid.append(rollout)
+        return replace(batch, rollout=grid[0], grid=grid)
+
+    def _generate(
+        self,
+        module: PolicyModule,
+        batch: PromptBatch,
+        length: int,
+        decode: DenoiseConfig,
+        group_size: int,
+        seed: int,
+    ) -> Rollout:
         start = time.perf_counter()
         with module.generating():
             rollout = rollout_groups(
                 module.policy,
                 batch,
-                self.completion_length if training else self.evaluation_length,
-                self.decode if training else self.evaluation,
+                length,
+                decode,
                 group_size=group_size,
                 batch_size=self.batch_size,
-                seed=self.seed,
+                seed=seed,
                 on_progress=partial(module.report, "rollout"),
             )
-        generated = time.perf_counter()
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        problems = [problem for problem in batch.problems for _ in range(group_size)]
-        answers = data.template.answers(rollout.completion_ids, problems)
-        rewards = score(data.task.reward, answers, problems).to(rollout.completion_ids.device)
-        rollout.rewards, rollout.correct = rewards[:, None], rewards >= 1
-        self.seconds = {
-            "rollout/seconds": generated - start,
-            "reward/seconds": time.perf_counter() - generated,
-        }
-        return replace(batch, rollout=rollout)
+        rollout.seconds = time.perf_counter() - start
+        return rollout
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
@@ -119,3 +157,19 @@ class RolloutCallback(Callback):
         for name, value in pl_module.measure(batch.rollout).items():
             pl_module.log(name, value, prog_bar=name in ("reward/mean", "rollout/timesteps"))
         pl_module.log_dict(self.seconds)
+
+
+def _longest_prompt(trainer: Trainer, stage: str) -> int:
+    """Tokens of the longest prompt that is known beforehand: those of evaluation are."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    split = "validation" if stage in ("fit", "validate") else "test"
+    return max((found.longest_prompt(data.template) for found in data.evaluation_sets[split]), default=1)
+
+
+def _judge(data: Any, task: Task, batch: PromptBatch, rollout: Rollout) -> None:
+    """Gives the rollout its rewards."""
+    group_size = len(rollout.completion_ids) // len(batch.problems)
+    problems = [problem for problem in batch.problems for _ in range(group_size)]
+    answers = data.template.answers(rollout.completion_ids, problems)
+    rewards = score(task.reward, answers, problems).to(rollout.completion_ids.device)
+    rollout.rewards, rollout.correct = rewards[:, None], rewards >= 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+
+from drift import __version__
+from drift.models import weights_digest
+from drift.policy_module import PolicyModule
+from drift.results import record, results_table, write_results
 
 _EDGE = 5  # steps that the first and the last figure of a column are averaged over
 
@@ -54,7 +58,7 @@ class SummaryCallback(Callback):
         if "val/accuracy" in trainer.callback_metrics:
             self.accuracy.append(float(trainer.callback_metrics["val/accuracy"]))
         if trainer.state.fn == TrainerFn.VALIDATING:
-            self._report(trainer, "val")
+            self._report(trainer, pl_module, "validation", "val")
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,31 +88,27 @@ class SummaryCallback(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the test results, and writes them."""
-        self._report(trainer, "test")
+        self._report(trainer, pl_module, "test", "test")
 
     @rank_zero_only
-    def _report(self, trainer: Trainer, prefix: str) -> None:
-        results = {
-            name.removeprefix(f"{prefix}/"): float(value)
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(f"{prefix}/")
+    def _report(self, trainer: Trainer, module: LightningModule, split: str, name: str) -> None:
+        assert isinstance(module, PolicyModule)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        records = []
+        for (set_number, number), result in module.results.items():
+            found, cell = data.evaluation_sets[split][set_number], module.cells[number]
+            asked = found.settings(data.template, result.positions)
+            settings = {**asked, **cell.settings(), **module.precision_settings}
+            records.append(record(found.name, cell, result, settings))
+        policy = {
+            "drift": __version__,
+            "policy": str(module.policy_folder),
+            "checkpoint": str(trainer.ckpt_path or ""),
+            "weights": weights_digest(module.policy),
         }
-        path = Path(self.path) if self.path is not None else self.folder / f"{prefix}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**results, "checkpoint": str(trainer.ckpt_path or "")}, indent=2)
-        path.write_text(text, encoding="utf-8")
-        interval = f"{results['accuracy_low']:.3f} to {results['accuracy_high']:.3f}"
-        _print(
-            prefix,
-            [
-                f"accuracy             {results['accuracy']:.3f}  (95 % interval {interval}, "
-                f"{results['num']:.0f} problems)",
-                f"mean reward          {results['reward']:.3f}",
-                f"timesteps per answer {results['timesteps']:.2f}",
-                f"tokens per forward   {results['tokens_per_forward']:.2f}",
-                f"written to           {path}",
-            ],
-        )
+        path = Path(self.path) if self.path is not None else self.folder / f"{name}.json"
+        write_results(path, policy, records)
+        _print(name, [*results_table(records), f"written to {path}"])
 
 
 def _print(title: str, lines: list[str]) -> None:

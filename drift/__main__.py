@@ -15,6 +15,7 @@ _COMMANDS = {
     "predict": "write answers to the test prompts",
     "doctor": "check a policy before anything is trained with it",
     "export": "write a checkpoint's policy as a Hugging Face folder",
+    "compare": "compare the results of two tests, and say whether they may be compared",
     "plan": "say how much memory a training run needs, before it is started",
 }
 

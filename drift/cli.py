@@ -21,6 +21,7 @@ import drift.rewards
 import drift.samplers
 import drift.tasks
 from drift.callbacks import (
+    AnswerCallback,
     CheckpointCallback,
     CollapseCallback,
     DoctorCallback,
@@ -55,6 +56,7 @@ _CALLBACKS = {
     "rescue": RescueCallback,
     "summary": SummaryCallback,
     "export": ExportCallback,
+    "answers": AnswerCallback,
     "predictions": PredictionCallback,
     "checkpoint": CheckpointCallback,
 }

@@ -6,11 +6,13 @@ import math
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
 from drift import cli
+from drift.comparison import comparison
 from drift.contract import ConfigError
 from drift.doctor import examine_folder, failures, table
 from drift.export import export
@@ -31,9 +33,13 @@ It takes every setting of `drift fit` (see `drift fit --help`):
   drift plan --config llada_math --model.dtype bfloat16 --model.micro_batch_size 1
   drift plan --config llada_math --model.policy FOLDER
 """
+_COMPARE_HELP = """\
+Compares the results of two tests, each data set at each length and decode setting that both have: accuracies,
+their difference B - A with a 95 % interval, and over the same prompts an exact sign test. It warns where the
+two were not measured in the same way, and names the settings that differ."""
 
 
-class _PlanParser(ArgumentParser):
+class _OneLineParser(ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -61,7 +67,7 @@ def plan(arguments: Sequence[str]) -> None:
     Args:
         arguments: what follows `drift plan`.
     """
-    parser = _PlanParser(
+    parser = _OneLineParser(
         "drift plan",
         usage="drift plan [--num_gpus N] [--gpu_memory GIB] [--config NAME_OR_FILE ...] [--KEY VALUE ...]",
         description=_PLAN_HELP,
@@ -95,6 +101,25 @@ def doctor(path: str, tokenizer: str | None = None, dtype: DType = "float32") ->
     sys.stdout.write(f"{table(checks)}\n")
     if failures(checks):
         sys.exit(1)
+
+
+def compare(arguments: Sequence[str]) -> None:
+    """Prints the difference between two results files.
+
+    Args:
+        arguments: the two files.
+    """
+    parser = _OneLineParser(
+        "drift compare",
+        usage="drift compare A.json B.json",
+        description=_COMPARE_HELP,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("first", metavar="A.json", help="results that `drift test` or `drift validate` wrote")
+    parser.add_argument("second", metavar="B.json", help="the results to compare with them")
+    own = parser.parse_args(list(arguments))
+    sys.stdout.write(comparison(Path(own.first), Path(own.second)))
 
 
 def _called(function: Callable[..., None]) -> Callable[[Sequence[str]], None]:
@@ -168,4 +193,5 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "plan": plan,
     "doctor": _called(doctor),
     "export": _called(export),
+    "compare": compare,
 }

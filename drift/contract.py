@@ -69,6 +69,7 @@ class PromptBatch:
     update: int = 0  # which update of this rollout is due: 0 is the first
     completion_ids: Tensor | None = None  # [B,C] int64, demonstrations, right-padded; fine-tuning only
     rollout: Rollout | None = None  # attached by the rollout callback
+    grid: list[Rollout] = field(default_factory=list)  # in evaluation: one for each cell of the grid
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,6 +90,10 @@ class Rollout:
     advantages: Tensor | None = None  # [N] float32
     trained: Tensor | None = None  # [N] bool, rows to train on; None: all
     seeds: Tensor | None = None  # [N] int64, key of every random draw made for the row
+    finished: Tensor | None = (
+        None  # [N] bool, an end token or padding stands in the completion; evaluation only
+    )
+    seconds: float = 0.0  # that generating took
 
     def select(self, rows: Tensor) -> Rollout:
         """The rollout of some rows.

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from drift.checkpoints import require_adapters_of, require_resumable, require_weights_of
 from drift.contract import ConfigError, PromptBatch, Rollout, SampleError
+from drift.evaluation import Cell, CellResult, Tally, logged
 from drift.metrics import RolloutMetrics
 from drift.models import (
     DiffusionLM,
@@ -31,7 +32,7 @@ from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule, re
 
 DType = Literal["float32", "bfloat16"]
 _ADAPTERS = "adapters"
-Experience = Callable[["PolicyModule", PromptBatch], PromptBatch]
+Experience = Callable[["PolicyModule", PromptBatch, int], PromptBatch]
 
 
 class PolicyModule(LightningModule):
@@ -80,8 +81,9 @@ class PolicyModule(LightningModule):
             self.strict_loading = False
         self.activation_checkpointing = activation_checkpointing
         self.rollout_metrics = RolloutMetrics()
-        self.validation_metrics = RolloutMetrics()
-        self.test_metrics = RolloutMetrics()
+        self.cells: list[Cell] = []  # of the evaluation at hand; the rollout callback sets them
+        self.tally = Tally()
+        self.results: dict[tuple[int, int], CellResult] = {}  # of the last evaluation, by (set, cell)
         self.policy: DiffusionLM
 
     def setup(self, stage: str) -> None:
@@ -109,6 +111,11 @@ class PolicyModule(LightningModule):
         attached = self._trainer is not None
         return torch.bfloat16 if attached and self.trainer.precision == "bf16-true" else self.policy_dtype
 
+    @property
+    def precision_settings(self) -> dict[str, str]:
+        """What the policy computes in."""
+        return {"dtype": str(self.weights_dtype).removeprefix("torch."), "precision": self.trainer.precision}
+
     def configure_model(self) -> None:
         """Loads the policy, once."""
         if "policy" not in self._modules:
@@ -129,7 +136,7 @@ class PolicyModule(LightningModule):
     def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
         """The batch with its rollout, which the rollout callback provides."""
         return (
-            self.experience(self, batch)
+            self.experience(self, batch, dataloader_idx)
             if self.experience is not None and self.needs_rollout(batch)
             else batch
         )
@@ -195,32 +202,36 @@ class PolicyModule(LightningModule):
         }
         return {name: found[metric] for name, metric in names.items()}
 
-    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Adds the batch's answers to the validation metrics."""
-        self.validation_metrics.update(require_rollout(batch))
+    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keeps what counts of the batch's answers."""
+        require_rollout(batch)
+        self.tally.add(dataloader_idx, batch)
 
     def on_validation_epoch_end(self) -> None:
         """Logs `val/accuracy` and its fellows."""
-        self._log_metrics("val", self.validation_metrics)
+        self._log_results("val", "validation")
 
-    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
-        """Adds the batch's answers to the test metrics."""
-        self.test_metrics.update(require_rollout(batch))
+    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Keeps what counts of the batch's answers."""
+        require_rollout(batch)
+        self.tally.add(dataloader_idx, batch)
 
     def on_test_epoch_end(self) -> None:
-        """Logs `test/accuracy` and its fellows."""
-        self._log_metrics("test", self.test_metrics)
+        """Logs `test/accuracy` and its fellows, or `test/SET/LENGTH/DECODE/accuracy` of each cell."""
+        self._log_results("test", "test")
 
-    def predict_step(self, batch: PromptBatch, batch_idx: int) -> PromptBatch:
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> PromptBatch:
         """The batch with its rollout."""
         require_rollout(batch)
         return batch
 
-    def _log_metrics(self, prefix: str, metrics: RolloutMetrics) -> None:
+    def _log_results(self, prefix: str, split: str) -> None:
         # Computed here, over all ranks: an interval can't be averaged.
-        values = {f"{prefix}/{name}": value for name, value in metrics.compute().items()}
-        self.log_dict(values, rank_zero_only=False)
-        metrics.reset()
+        self.results = self.tally.close()
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        names = [found.name for found in data.evaluation_sets[split]]
+        values = logged(self.results, names, self.cells)
+        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, rank_zero_only=False)
 
 
 def require_rollout(batch: PromptBatch) -> Rollout:

@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import drift.cli
+import drift.commands
 from drift import __version__
 from drift.cli import run, shipped_configs
 from drift.models.characters import character_tokenizer
@@ -106,7 +107,7 @@ def test_an_unknown_command_suggests_the_nearest(command: str, nearest: str):
     done = python("-X", "importtime", "-m", "drift", command)
     assert done.returncode == 1
     assert f"there is no command {command!r}; did you mean {nearest!r}?" in done.stderr
-    assert "fit, sft, validate, test, predict, doctor, export, plan" in done.stderr
+    assert "fit, sft, validate, test, predict, doctor, export, compare, plan" in done.stderr
     assert "torch" not in imported(done)
     assert "Traceback" not in done.stderr
 
@@ -114,7 +115,8 @@ def test_an_unknown_command_suggests_the_nearest(command: str, nearest: str):
 def test_help_names_every_command_there_is():
     from drift.__main__ import _COMMANDS, usage
 
-    assert list(_COMMANDS) == ["fit", "sft", "validate", "test", "predict", "doctor", "export", "plan"]
+    expected = ["fit", "sft", "validate", "test", "predict", "doctor", "export", "compare", "plan"]
+    assert list(_COMMANDS) == expected
     assert all(f"\n  {name} " in usage() for name in _COMMANDS)
 
 
@@ -497,12 +499,83 @@ def test_evaluation_of_a_checkpoint_writes_results(
     run(["fit", *tiny, f"--checkpoint.dirpath={tmp_path}"])
     run([command, *tiny, f"--ckpt_path={tmp_path / 'last.ckpt'}", f"--summary.path={tmp_path / file}"])
     results = json.loads((tmp_path / file).read_text())
-    assert results["num"] == {"validate": 2, "test": 3}[command]
+    assert results["results"][0]["num"] == {"validate": 2, "test": 3}[command]
     assert results["checkpoint"].endswith("last.ckpt")
     # Lightning's own table would say the same again.
     out = capsys.readouterr().out
     assert out.count("accuracy_low") == 0
     assert "--- " in out
+
+
+def benchmarks(tmp_path: Path, **more: object) -> dict:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "1+1?", "ground_truth_answer": "2"}) + "\n")
+    math = {"path": str(file), "task": {"class_path": "drift.tasks.MathTask"}}
+    return {"math": math, "sudoku": {"limit": 2}, **more}
+
+
+def test_one_command_evaluates_a_grid_and_compare_reads_it(tiny: list[str], tmp_path: Path, capsys):
+    overlay = tmp_path / "grid.yaml"
+    decodes = {"cold": {"block_length": 8}, "cool": {"block_length": 8, "threshold": 0.5}}
+    grid = {"lengths": [8, 16], "decodes": decodes}
+    overlay.write_text(yaml.safe_dump({"data": {"test": benchmarks(tmp_path)}, "rollout": {"test": grid}}))
+    arguments = [*tiny, f"--config={overlay}", f"--answers.path={tmp_path / 'a.jsonl'}"]
+    run(["test", *arguments, f"--summary.path={tmp_path / 'a.json'}"])
+    results = json.loads((tmp_path / "a.json").read_text())["results"]
+    expected = [(n, g, d) for n in ("math", "sudoku") for g in (8, 16) for d in decodes]
+    assert [(found["dataset"], found["length"], found["decode"]) for found in results] == expected
+    assert len({found["fingerprint"] for found in results}) == 8
+    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 4 + 8
+    # From the command line, one of the benchmarks, sampled.
+    warm = json.dumps({"cold": {"block_length": 8, "temperature": 0.5}})
+    several = ["--rollout.test.lengths=[8]", "--rollout.test.samples=2", f"--rollout.test.decodes={warm}"]
+    run(["test", *arguments, *several, "--data.benchmarks=[sudoku]", f"--summary.path={tmp_path / 'b.json'}"])
+    (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert (result["dataset"], result["num"], result["samples"]) == ("sudoku", 2, 2)
+    assert {"pass@1", "pass@2"} <= result.keys()
+    capsys.readouterr()
+    drift.commands.run(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    out = capsys.readouterr().out
+    assert "WARNING sudoku, length 8, cold: not measured in the same way" in out
+    assert "  decode.temperature: 0.0 in A, 0.5 in B\n" in out
+    assert "  samples: 1 in A, 2 in B\n" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--data.benchmarks=[sudoko]"], ["data.benchmarks names 'sudoko'", "did you mean 'sudoku'?"]),
+        (["--data.test={}"], ["data.test is ", "required: path"]),
+        (["--data.test=MATH500"], ["data.test is MATH500", "it must be"]),
+        (["--data.test.math.limt=3"], ["data.test.math.limt: ", "did you mean 'data.test.math.limit'?"]),
+        (["--data.test.math.path=nowhere.json"], ["data.test.math.path='nowhere.json' does not exist"]),
+        (["--data.test.math.task=null"], ["data.test.math (file rows.jsonl, row 0) has no field", "correct"]),
+        (["--data.test=null", "--data.task=MathTask"], ["data.test is None", "set data.test.path to a file"]),
+        (
+            ["--rollout.test.lengths=[8,20]", '--rollout.test.decodes={"a": {"block_length": 8}}'],
+            ["rollout.test, length 20, decode 'a'", "multiple of the block length"],
+        ),
+        (
+            ["--rollout.test.samples=2"],
+            ["samples is 2", "temperature 0", "pass@k says nothing", "samples to 1"],
+        ),
+        (["--rollout.test.sample=2"], ["rollout.test.sample", "did you mean 'rollout.test.samples'?"]),
+        (["--rollout.test.lengths=[160]"], ["rollout.test.lengths is 160", "max_sequence_length of 128"]),
+        (
+            ['--rollout.test.decodes={"a": {"block_length": 16, "temperature": -1}}'],
+            ["temperature is -1.0", "set it to 0"],
+        ),
+    ],
+)
+def test_bad_evaluations_are_refused_before_the_policy_answers(
+    tiny: list[str], error, monkeypatch, tmp_path: Path, arguments: list[str], parts: list[str]
+):
+    monkeypatch.setattr("drift.callbacks.rollout.rollout_groups", lambda *_, **__: pytest.fail("it answered"))
+    given = f"--data.test={json.dumps(benchmarks(tmp_path))}"
+    message = error("test", *tiny, given, *arguments)
+    assert message.startswith("drift: error: ")
+    assert all(part in message for part in parts), message
+    assert len(message.splitlines()) == 1
 
 
 def test_predict_writes_answers(tiny: list[str], tmp_path: Path):

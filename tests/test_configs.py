@@ -251,7 +251,8 @@ def test_llada_math_trains_resumes_and_tests(tiny_run, tmp_path: Path):
     assert torch.load(last, weights_only=True)["global_step"] == 2
     assert torch.load(resumed, weights_only=True)["global_step"] == 3
     run(["test", *arguments, f"--ckpt_path={resumed}", f"--summary.path={tmp_path / 'test.json'}"])
-    results = json.loads((tmp_path / "test.json").read_text())
+    (results,) = json.loads((tmp_path / "test.json").read_text())["results"]
+    assert results["dataset"] == "MATH500"
     assert results["num"] == num_tests
     assert results["timesteps"] > 1
     assert 0 <= results["accuracy"] <= 1

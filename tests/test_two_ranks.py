@@ -134,6 +134,60 @@ def test_two_processes_do_what_one_does(tmp_path, settings):
         torch.testing.assert_close(two["weights"][name], value, rtol=0, atol=2e-6, msg=name)
 
 
+EVALUATED = """
+import json, sys
+from lightning import Trainer
+from drift.callbacks import AnswerCallback, RolloutCallback, SummaryCallback
+from drift.data import Benchmark, PromptDataModule
+from drift.evaluation import GridConfig
+from drift.module import RLDFModule
+from drift.rollout import DenoiseConfig
+from drift.tasks import SudokuTask
+
+settings = json.loads(sys.argv[1])
+warm = DenoiseConfig(block_length=8, temperature=1.0, threshold=0.5)
+grid = GridConfig(lengths=[8, 16], decodes={"warm": warm}, samples=3)
+files = SummaryCallback(settings["path"]), AnswerCallback(settings["path"] + "l")
+rollout = RolloutCallback(completion_length=16, decode=warm, evaluation=warm, test=grid)
+# Of the second set one rank has nothing.
+sets = {"many": Benchmark(limit=5), "one": Benchmark(task=SudokuTask(blanks=(3, 4)), limit=1)}
+trainer = Trainer(
+    accelerator="cpu",
+    devices=settings["devices"],
+    strategy="ddp" if settings["devices"] > 1 else "auto",
+    callbacks=[rollout, *files],
+    logger=False,
+    enable_progress_bar=False,
+    use_distributed_sampler=False,
+)
+module = RLDFModule("sudoku_base")
+data = PromptDataModule(SudokuTask(), test=sets, evaluation_batch_size=settings["batch_size"])
+trainer.test(module, data, verbose=False)
+"""
+
+
+def evaluated(path: Path, **settings: object) -> tuple[str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = path.with_suffix(".py")
+    script.write_text(EVALUATED, encoding="utf-8")
+    call = [sys.executable, str(script), json.dumps({"path": str(path), **settings})]
+    subprocess.run(call, check=True, env=environment, cwd=path.parent, timeout=300, capture_output=True)
+    found = json.loads(path.read_text())
+    assert all(result.pop("seconds") > 0 for result in found["results"])
+    return json.dumps(found), path.with_suffix(".jsonl").read_text()
+
+
+@pytest.mark.two_ranks
+def test_two_processes_measure_what_one_does(tmp_path):
+    one = evaluated(tmp_path / "one.json", devices=1, batch_size=64)
+    two = evaluated(tmp_path / "two.json", devices=2, batch_size=2)
+    assert two == one
+    results = json.loads(one[0])["results"]
+    assert [result["num"] for result in results] == [5, 5, 1, 1]
+    assert len(one[1].splitlines()) == (5 + 1) * 2 * 3
+    assert not list(tmp_path.glob(".*"))
+
+
 SHARDED = """
 import copy
 import torch

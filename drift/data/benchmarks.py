@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from datasets import IterableDataset as StreamingDataset
 
 from drift.contract import ConfigError
 from drift.data.sources import Source, load_rows
+from drift.data.template import PromptTemplate
+from drift.fingerprint import describe, digest
 from drift.tasks import ProceduralTask, Task
 
 _NAME = re.compile(r"[\w.+-]+")
@@ -44,13 +45,34 @@ class EvaluationSet:
     task: Task
     where: str  # in words, for messages: "data.test.math500 (MATH500.json)"
 
-    def content_hash(self) -> str:
-        """A name for the rows: the same for the same rows in the same order, wherever they came from."""
-        digest = blake2b(digest_size=8)
-        for row in self.rows:
-            digest.update(json.dumps(dict(row), sort_keys=True, default=str).encode())
-            digest.update(b"\n")
-        return digest.hexdigest()
+    def longest_prompt(self, template: PromptTemplate) -> int:
+        """Length of the longest prompt, tokens."""
+        return max(template.num_tokens(self.task.problem(row)) for row in self.rows)
+
+    def settings(self, template: PromptTemplate, positions: Sequence[int]) -> dict[str, Any]:
+        """What the policy was asked here and how its answers were judged, in plain values.
+
+        Args:
+            template: renders and tokenises the prompts.
+            positions: places of the rows that were used.
+
+        Returns:
+            hashes of the rows (the same wherever they came from) and of the prompts' token ids (so that they
+            cover tokenizer and templates), and what can be named of their making.
+        """
+        rows = [dict(self.rows[position]) for position in positions]
+        prompts = [template.encode(self.task.problem(row), self.where) for row in rows]
+        task, chat = describe(self.task), template.chat
+        task.pop("reward", None)
+        return {
+            "num_rows": len(rows),
+            "rows": digest(json.dumps(row, sort_keys=True, default=str) for row in rows),
+            "prompts": digest(str(ids) for ids in prompts),
+            "system_prompt": template.system_prompt,
+            "chat_template": None if chat is None else digest([chat.text]),
+            "task": task,
+            "reward": describe(self.task.reward),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ def test_writes_one_line_an_answer(tiny_folder, spread_task, make_trainer, tmp_p
     batches = predict(tiny_folder, spread_task, make_trainer, callback)
     lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [line["position"] for line in lines] == [0, 1, 2, 3, 4]
+    assert {line["dataset"] for line in lines} == {"sudoku"}
     tokenizer = load_tokenizer(tiny_folder)
     rows = [(batch, i) for batch in batches for i in range(len(batch.problems))]
     for line, (batch, i) in zip(lines, rows, strict=True):

@@ -1,10 +1,12 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from drift.callbacks import CheckpointCallback, RolloutCallback, SummaryCallback
 from drift.data import PromptDataModule
+from drift.models import weights_digest
 from drift.module import RLDFModule
 from drift.rollout import DenoiseConfig
 
@@ -62,13 +64,18 @@ def test_results_are_printed_and_written(setup, capsys, tmp_path: Path, command:
     prefix = {"validate": "val", "test": "test"}[command]
     out = capsys.readouterr().out
     assert f"--- {prefix} ---" in out
-    assert f"{num} problems)" in out
     written = json.loads((tmp_path / f"{prefix}.json").read_text())
-    assert written.pop("checkpoint") == ""
-    assert {f"{prefix}/{name}": value for name, value in written.items()} == pytest.approx(found)
-    assert written["num"] == num
-    assert 0 <= written["accuracy_low"] <= written["accuracy"] <= written["accuracy_high"] <= 1
-    assert f"mean reward          {written['reward']:.3f}" in out
+    assert written["checkpoint"] == ""
+    assert written["weights"] == weights_digest(module.policy)
+    (result,) = written["results"]
+    assert {name: result[name.removeprefix(f"{prefix}/")] for name in found} == pytest.approx(found)
+    assert {f"{prefix}/{name}" for name in ("accuracy", "reward", "unfinished", "num")} <= found.keys()
+    assert result["num"] == num
+    assert result["dataset"] == "sudoku"
+    assert result["settings"]["decode"] == asdict(DECODE)
+    assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
+    assert f"{result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}" in out
+    assert f"  {result['timesteps']:.2f}  " in out
 
 
 def test_results_name_their_checkpoint_and_go_where_they_are_told(setup, tmp_path: Path):

@@ -127,14 +127,32 @@ def test_bad_rows_name_their_benchmark(tiny_folder: Path, write):
         setup(write("long.jsonl", "one", "longer"), max_prompt_length=5)
 
 
-def test_the_content_hash_is_of_rows_and_their_order_alone():
-    def hash_of(*rows: dict, name: str = "a") -> str:
-        return EvaluationSet(name=name, rows=list(rows), task=MATH, where=name).content_hash()
+def test_the_settings_of_a_set_say_what_was_asked_and_how_it_was_judged(tiny_folder: Path):
+    prompts = PromptDataModule(SudokuTask(), str(tiny_folder), system_prompt="Go.", num_test=1)
+    prompts.setup("test")
 
-    one, two = {"question": "1", "answer": "2"}, {"question": "3", "answer": "4"}
-    assert hash_of(one, two) == hash_of({"answer": "2", "question": "1"}, two, name="b")
-    others = {hash_of(one), hash_of(two, one), hash_of(one, two | {"answer": "5"}), hash_of(one, two)}
-    assert len(others) == 4
+    def settings(*rows: dict, task: MathTask = MATH, positions: tuple = (0,), name: str = "a") -> dict:
+        found = EvaluationSet(name=name, rows=list(rows), task=task, where=name)
+        return found.settings(prompts.template, positions)
+
+    one, two = ({"question": q, "ground_truth_answer": "2"} for q in "13")
+    base = settings(one, two, positions=(0, 1))
+    assert base["num_rows"] == 2
+    assert base["system_prompt"] == "Go."
+    assert base["task"]["class"] == "drift.tasks.math.MathTask"
+    assert base["reward"] == {"class": "drift.rewards.math.MathReward", "timeout_seconds": 5.0}
+    turned = {"ground_truth_answer": "2", "question": "1"}
+    assert settings(turned, two, positions=(0, 1), name="b") == base
+    # Only the rows that were used count, and their order.
+    assert settings(one) == settings(one, two) != base
+    assert settings(two, one, positions=(0, 1))["rows"] != base["rows"]
+    # Another answer is another set of rows with the same prompts; another instruction the reverse.
+    other = settings(one | {"ground_truth_answer": "5"}, two, positions=(0, 1))
+    assert other["rows"] != base["rows"]
+    assert other["prompts"] == base["prompts"]
+    other = settings(one, two, task=MathTask(instruction="Box it."), positions=(0, 1))
+    assert other["rows"] == base["rows"]
+    assert other["prompts"] != base["prompts"]
 
 
 def test_teardown_ends_every_reward_once(monkeypatch):
