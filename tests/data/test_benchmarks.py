@@ -140,6 +140,7 @@ def test_the_settings_of_a_set_say_what_was_asked_and_how_it_was_judged(tiny_fol
     assert base["num_rows"] == 2
     assert base["system_prompt"] == "Go."
     assert base["task"]["class"] == "drift.tasks.math.MathTask"
+    assert "reward" not in base["task"]
     assert base["reward"] == {"class": "drift.rewards.math.MathReward", "timeout_seconds": 5.0}
     turned = {"ground_truth_answer": "2", "question": "1"}
     assert settings(turned, two, positions=(0, 1), name="b") == base

@@ -164,11 +164,13 @@ def test_a_demonstration_goes_on_from_the_answer_prefix():
         ("{{ messages[-1].content }}<|turn|>\n<|start|>assistant", ["<|endoftext|>", "<|turn|>"]),
         ("{{ messages[-1].content }}\n<|start|>assistant", ["<|endoftext|>"]),
         ("{{ messages[-1].content }}", ["<|endoftext|>"]),
+        ("{{ messages[-1].content }}<think>", ["<|endoftext|>"]),
     ],
 )
 def test_what_ends_an_answer(chat_template: str, ends: list[str]):
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|start|>", "<|turn|>"]})
+    tokenizer.add_tokens("<think>")
     template = PromptTemplate(tokenizer, None, 100, chat_template=chat_template)
     assert tokenizer.convert_ids_to_tokens(template.end_token_ids) == ends
     letter, turn, padding = 5, tokenizer.convert_tokens_to_ids("<|turn|>"), tokenizer.pad_token_id
