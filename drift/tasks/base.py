@@ -27,6 +27,14 @@ class Task(ABC):
     def problem(self, row: Mapping[str, Any]) -> Problem:
         """The problem that a row holds."""
 
+    def own_text(self, row: Mapping[str, Any]) -> str:
+        """What a row asks, by which it is compared with other rows; a task leaves out what it adds itself.
+
+        Args:
+            row: one that `check` accepts.
+        """
+        return self.problem(row).prompt
+
     def check(self, row: Mapping[str, Any], where: str) -> None:
         """Returns nothing if `problem` can work with the row.
 

@@ -66,6 +66,10 @@ class CodeTask(Task):
             row=dict(row),
         )
 
+    def own_text(self, row: Mapping[str, Any]) -> str:
+        """The question without the instruction."""
+        return row["question"]
+
     def check(self, row: Mapping[str, Any], where: str) -> None:
         """Returns nothing if the row has a question and tests that an answer could pass or fail.
 

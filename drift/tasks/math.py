@@ -52,6 +52,10 @@ class MathTask(Task):
         prompt = "\n".join(part for part in (row[self.question_field], self.instruction) if part)
         return Problem(prompt=prompt, answer=str(row[self.answer_field]).strip(), row=dict(row))
 
+    def own_text(self, row: Mapping[str, Any]) -> str:
+        """The question without the instruction."""
+        return row[self.question_field]
+
     def check(self, row: Mapping[str, Any], where: str) -> None:
         """Returns nothing if the row has a question and an answer that can be judged.
 

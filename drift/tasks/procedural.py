@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from hashlib import blake2b
 from random import Random
 from typing import Any
@@ -30,6 +31,7 @@ class ProceduralTask(Task):
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+        self._held_out: set[str] = set()
 
     @abstractmethod
     def generate(self, rng: Random) -> dict[str, Any]:
@@ -42,6 +44,18 @@ class ProceduralTask(Task):
     @abstractmethod
     def canonical(self, row: dict[str, Any]) -> str:
         """The puzzle in a form that is the same for rows which are the same puzzle to a solver."""
+
+    def own_text(self, row: Mapping[str, Any]) -> str:
+        """The puzzle's canonical form."""
+        return self.canonical(dict(row))
+
+    def hold_out(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keeps puzzles that were not made here, such as those of a test file, out of the training split.
+
+        Args:
+            rows: the puzzles' rows.
+        """
+        self._held_out.update(map(self.own_text, rows))
 
     def row(self, split: str, index: int) -> dict[str, Any]:
         """The row at a place of an endless split; another place may hold the same puzzle.
@@ -87,8 +101,10 @@ class ProceduralTask(Task):
         return list(found.values())
 
     def _split_of(self, row: dict[str, Any]) -> str:
-        digest = blake2b(self.canonical(row).encode(), digest_size=8).digest()
-        return _EVALUATION_TENTHS.get(int.from_bytes(digest, "big") % 10, "train")
+        form = self.canonical(row)
+        digest = blake2b(form.encode(), digest_size=8).digest()
+        split = _EVALUATION_TENTHS.get(int.from_bytes(digest, "big") % 10, "train")
+        return "none" if split == "train" and form in self._held_out else split
 
     def _too_few(self, what: str) -> ConfigError:
         fix = "ask for fewer rows or widen the settings of data.task"

@@ -18,6 +18,10 @@ def test_a_whole_row_passes():
     _Spelling().check({"word": "a", "spelling": "", "more": None}, "data.train (row 3)")
 
 
+def test_a_row_asks_its_prompt_unless_the_task_says_otherwise():
+    assert _Spelling().own_text({"word": "a", "spelling": "b"}) == "a"
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -34,6 +34,7 @@ def test_the_problem_of_a_function():
     task = CodeTask("Write a block.", "Write a program.", reward=CodeReward(sandbox="rlimits"))
     problem = task.problem(FUNCTION)
     assert problem.prompt == "Double x.\nWrite a block."
+    assert task.own_text(FUNCTION) == "Double x.\n"
     assert problem.answer_prefix == PREFIX
     assert problem.answer == FUNCTION["test_list"][0]
     assert problem.row == FUNCTION

@@ -16,6 +16,7 @@ def test_the_problem_of_a_row():
     assert problem.row == row
     assert "\\boxed{}" in MathTask().problem(row).prompt
     assert MathTask(instruction="").problem(row).prompt == "What is 1+1?"
+    assert task.own_text(row) == "What is 1+1?"
 
 
 @pytest.mark.parametrize(("answer", "text"), [(2, "2"), (0, "0"), (2.5, "2.5"), ("\\frac12", "\\frac12")])

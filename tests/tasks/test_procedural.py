@@ -99,3 +99,19 @@ def test_impossible_requests_are_refused():
         _Numbers().row("dev", 0)
     with pytest.raises(ConfigError, match="test rows is 0"):
         _Numbers().rows("test", 0)
+
+
+def test_held_out_puzzles_are_not_made_for_training():
+    task = _Numbers()
+    train = [task.row("train", index)["number"] for index in range(40)]
+    test = [task.row("test", index) for index in range(5)]
+    task.hold_out([{"number": train[0]}, *test])
+    after = [task.row("train", index)["number"] for index in range(40)]
+    assert train[0] not in after
+    assert all(old == new for old, new in zip(train, after, strict=True) if old != train[0])
+    assert [task.row("test", index) for index in range(5)] == test
+
+
+def test_puzzles_are_compared_by_their_canonical_form():
+    row = CountdownTask().row("test", 0)
+    assert CountdownTask().own_text(row | {"numbers": row["numbers"][::-1]}) == CountdownTask().canonical(row)
