@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drift.contract import ConfigError, Problem, PromptBatch
 from drift.data.benchmarks import Benchmark, EvaluationSet, chosen, evaluation_sources, procedural
+from drift.data.guard import ContaminationGuard, EvaluationRows
 from drift.data.sources import Source, load_rows
 from drift.data.stream import (
     EvaluationPrompts,
@@ -60,6 +61,10 @@ class PromptDataModule(LightningDataModule):
         demonstration_length: also give demonstrations, padded to this many tokens; fine-tuning only.
         shuffle: False keeps the order of the training rows.
         seed: of the shuffling.
+        contamination_threshold: `fit` stops where training prompts hold validation or test prompts: equal,
+            equal but for case, spacing and punctuation, or with this share of their 8-grams, within (0, 1].
+        allow_contamination: train on such rows, with a warning.
+        drop_contaminated: leave such rows out of training.
 
     Raises:
         ConfigError: where a value is outside its range.
@@ -84,6 +89,9 @@ class PromptDataModule(LightningDataModule):
         demonstration_length: int | None = None,
         shuffle: bool = True,
         seed: int = 0,
+        contamination_threshold: float = 0.95,
+        allow_contamination: bool = False,
+        drop_contaminated: bool = False,
     ) -> None:
         super().__init__()
         numbers = {
@@ -117,6 +125,7 @@ class PromptDataModule(LightningDataModule):
         self.demonstration_length = demonstration_length
         self.shuffle = shuffle
         self.seed = seed
+        self.guard = ContaminationGuard(contamination_threshold, allow_contamination, drop_contaminated)
         self.template: PromptTemplate
         self.tokenizer_folder: Path  # both, once `setup` has run
         self.examples: list[Problem] = []  # the stage's first problems, to be shown and probed with
@@ -154,15 +163,16 @@ class PromptDataModule(LightningDataModule):
                 f"model.train_groups is {train_groups}: data.prompts_per_step rolls out only "
                 f"{self.prompts_per_step} groups; lower the one or raise the other"
             )
+        if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 0:
+            raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
+        split = "validation" if stage in ("fit", "validate") else "test"
+        self.evaluation_sets[split] = self.load_sets(split, needed=stage != "fit")
         if stage == "fit":
-            if self.trainer is not None and self.trainer.max_steps < 0:
-                raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
+            self.guard.compare_with(self._judged_by())
             self._train = self._training_rows()
             first = self._first or islice(self._train.starting_at(0), _NUM_EXAMPLES)
             self.examples = [self.task.problem(row) for row in first]
-        split = "validation" if stage in ("fit", "validate") else "test"
-        self.evaluation_sets[split] = self.load_sets(split, needed=stage != "fit")
-        if stage != "fit":
+        else:
             first_set = self.evaluation_sets[split][0]
             self.examples = [first_set.task.problem(row) for row in islice(first_set.rows, _NUM_EXAMPLES)]
 
@@ -195,23 +205,26 @@ class PromptDataModule(LightningDataModule):
 
     def teardown(self, stage: str) -> None:
         """Ends the rewards' processes."""
+        self.guard.close()
         tasks = [source.task for sources in self.evaluation_sources.values() for source in sources]
         for task in {id(task): task for task in (self.task, *tasks)}.values():
             task.reward.close()
 
-    def load_sets(self, split: str, *, needed: bool = True) -> list[EvaluationSet]:
+    def load_sets(self, split: str, *, needed: bool = True, made: bool = True) -> list[EvaluationSet]:
         """The evaluation sets of a split, with every row looked at: none may stop a run after hours.
 
         Args:
             split: "validation" or "test".
             needed: False: none, where nothing is set and the task makes no rows.
+            made: False: without the sets whose rows a task makes.
 
         Raises:
             ConfigError: where rows cannot be read, or a row cannot be used.
         """
         found = []
         for source in self.evaluation_sources[split]:
-            if not needed and source.source is None and not isinstance(source.task, ProceduralTask):
+            makes_rows = isinstance(source.task, ProceduralTask)
+            if source.source is None and not (made if makes_rows else needed):
                 continue
             rows = source.load(split)
             if isinstance(rows, Dataset):
@@ -231,18 +244,31 @@ class PromptDataModule(LightningDataModule):
     def _training_rows(self) -> Rows:
         source = self.train_source
         if source is None:
-            return ProceduralRows(procedural(self.task, "data.train"))
-        rows = load_rows(source, self.task, "data.train")
+            task = procedural(self.task, "data.train")
+            self.guard.hold_out(task)
+            return ProceduralRows(task)
+        rows, where = load_rows(source, self.task, "data.train"), f"data.train ({source.path})"
         if isinstance(rows, StreamingDataset):
             if self.long_prompts == "drop":
                 rows = rows.filter(self._is_short)
+            rows = self.guard.watch(rows, self.task, where, self._run_folder)
             # Before they are shuffled: that reads thousands of them.
             self._first = list(islice(rows, _NUM_EXAMPLES))
             return StreamedRows(rows.shuffle(seed=self.seed, buffer_size=10_000) if self.shuffle else rows)
-        where = f"data.train ({source.path})"
-        return ShuffledRows(
-            self._checked(rows, self.task, where, self.demonstration_length), self.seed, self.shuffle
-        )
+        checked = self._checked(rows, self.task, where, self.demonstration_length)
+        clean = self.guard.check(checked, self.task, where, self._run_folder)
+        return ShuffledRows(clean, self.seed, self.shuffle)
+
+    def _judged_by(self) -> list[EvaluationRows]:
+        """What training rows must not hold: the sets of validation, and of the test that is to follow."""
+        # Where the task makes the training rows, those that it makes to be judged by are apart from them.
+        made = self.train_source is not None
+        sets = [*self.evaluation_sets["validation"], *self.load_sets("test", needed=False, made=made)]
+        return [(s.where, s.rows, s.task) for s in sets if made or isinstance(s.rows, Dataset)]
+
+    def _run_folder(self) -> Path | None:
+        """The run's folder, for which all ranks must ask together; None without a trainer."""
+        return None if self.trainer is None else Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def _checked(self, rows: Dataset, task: Task, where: str, demonstration_length: int | None = None) -> Any:
         drop = self.long_prompts == "drop"
