@@ -13,7 +13,7 @@ from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.evaluation import GridConfig
 from drift.policy_module import PolicyModule
 from drift.rollout import DenoiseConfig, rollout_groups
-from drift.tasks import Task, score
+from drift.tasks import ExtraReward, Task, judge, part_names
 
 
 class RolloutCallback(Callback):
@@ -26,6 +26,8 @@ class RolloutCallback(Callback):
         evaluation: how to decode in validation and prediction, and in a test that says nothing else.
         evaluation_length: positions of a completion there; None: as in training.
         test: lengths, decode settings and samples of `drift test`.
+        extra_rewards: what is added to the task's own reward for training, each with its weight; an answer
+            is correct by the task's own reward alone. Every part is logged as `reward/NAME`.
         batch_size: rows that are decoded at once on each rank; None: all.
         seed: of all draws; each is keyed by (seed, the prompt's place in the stream, the completion's place
             in its group).
@@ -42,6 +44,7 @@ class RolloutCallback(Callback):
         evaluation: DenoiseConfig = DenoiseConfig(),  # noqa: B008 - frozen
         evaluation_length: int | None = None,
         test: GridConfig = GridConfig(),  # noqa: B008 - frozen
+        extra_rewards: list[ExtraReward] | None = None,
         batch_size: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -59,6 +62,7 @@ class RolloutCallback(Callback):
         self.decode = decode
         self.evaluation = evaluation
         self.evaluation_length = completion_length if evaluation_length is None else evaluation_length
+        self.extra_rewards = extra_rewards or []
         self.batch_size = batch_size
         self.seed = seed
         self.seconds: dict[str, float] = {}
@@ -76,7 +80,14 @@ class RolloutCallback(Callback):
             )
         pl_module.cells = self.cells[stage]
         self._require_room(pl_module, _longest_prompt(trainer, stage))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        pl_module.measure_parts(part_names(data.task.reward, self.extra_rewards))
         pl_module.experience = partial(self.experience, trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Ends the processes of the extra rewards; the task's own are the data module's."""
+        for part in self.extra_rewards:
+            part.reward.close()
 
     def _require_room(self, module: PolicyModule, prompt_length: int) -> None:
         limit = module.policy_config.get("max_sequence_length")
@@ -107,7 +118,7 @@ class RolloutCallback(Callback):
                 module, batch, self.completion_length, self.decode, self.group_size, self.seed
             )
             start = time.perf_counter()
-            _judge(data, data.task, batch, rollout)
+            self._judge(data, data.task, batch, rollout)
             self.seconds = {
                 "rollout/seconds": rollout.seconds,
                 "reward/seconds": time.perf_counter() - start,
@@ -118,7 +129,7 @@ class RolloutCallback(Callback):
         grid = []
         for cell in module.cells:
             rollout = self._generate(module, batch, cell.length, cell.decode, cell.samples, cell.seed)
-            _judge(data, task, batch, rollout)
+            self._judge(data, task, batch, rollout)
             rollout.finished = data.template.finished(rollout.completion_ids)
             grid.append(rollout)
         return replace(batch, rollout=grid[0], grid=grid)
@@ -147,6 +158,12 @@ class RolloutCallback(Callback):
         rollout.seconds = time.perf_counter() - start
         return rollout
 
+    def _judge(self, data: Any, task: Task, batch: PromptBatch, rollout: Rollout) -> None:
+        group_size = len(rollout.completion_ids) // len(batch.problems)
+        problems = [problem for problem in batch.problems for _ in range(group_size)]
+        answers = data.template.answers(rollout.completion_ids, problems)
+        judge(batch, rollout, answers, task.reward, self.extra_rewards)
+
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
@@ -164,12 +181,3 @@ def _longest_prompt(trainer: Trainer, stage: str) -> int:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     split = "validation" if stage in ("fit", "validate") else "test"
     return max((found.longest_prompt(data.template) for found in data.evaluation_sets[split]), default=1)
-
-
-def _judge(data: Any, task: Task, batch: PromptBatch, rollout: Rollout) -> None:
-    """Gives the rollout its rewards."""
-    group_size = len(rollout.completion_ids) // len(batch.problems)
-    problems = [problem for problem in batch.problems for _ in range(group_size)]
-    answers = data.template.answers(rollout.completion_ids, problems)
-    rewards = score(task.reward, answers, problems).to(rollout.completion_ids.device)
-    rollout.rewards, rollout.correct = rewards[:, None], rewards >= 1

@@ -85,7 +85,11 @@ class Rollout:
     commit_probs: Tensor | None = None  # [N,C] float32, what token_probs was at the rollout; never refreshed
     num_timesteps: Tensor | None = None  # [N] int64, the row's timesteps that committed something: its S
     num_forwards: int = 0  # forward passes of the policy that the rollout took
-    rewards: Tensor | None = None  # [N,R] float32, weighted reward parts; their sum is the training reward
+    scores: Tensor | None = None  # [N,R] float32, what each reward part gave, the task's own first
+    reward_names: tuple[str, ...] = ()  # [R] what the parts are logged as
+    rewards: Tensor | None = (
+        None  # [N,R] float32, the parts by their weights; their sum is the training reward
+    )
     correct: Tensor | None = None  # [N] bool, by the task's own reward
     advantages: Tensor | None = None  # [N] float32
     trained: Tensor | None = None  # [N] bool, rows to train on; None: all

@@ -118,6 +118,7 @@ class Answer(NamedTuple):
     reward: float
     timesteps: int
     tokens: int  # neither padding nor mask
+    scores: tuple[float, ...] = ()  # what each part of the reward gave
 
 
 def answers_of(batch: PromptBatch, rollout: Rollout) -> Iterator[Answer]:
@@ -126,6 +127,7 @@ def answers_of(batch: PromptBatch, rollout: Rollout) -> Iterator[Answer]:
     assert rollout.correct is not None
     assert rollout.finished is not None
     assert rollout.num_timesteps is not None
+    assert rollout.scores is not None
     samples = len(rollout.completion_ids) // len(batch.problems)
     places = [(position, sample) for position in batch.positions.tolist() for sample in range(samples)]
     columns = (
@@ -134,6 +136,7 @@ def answers_of(batch: PromptBatch, rollout: Rollout) -> Iterator[Answer]:
         rollout.rewards.sum(dim=1).tolist(),
         rollout.num_timesteps.tolist(),
         rollout.completion_mask.sum(dim=1).tolist(),
+        map(tuple, rollout.scores.tolist()),
     )
     for place, values in zip(places, zip(*columns, strict=True), strict=True):
         yield Answer(*place, *values)
@@ -144,6 +147,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.answers: dict[tuple[int, int], list[Answer]] = {}
+        self.parts: dict[int, tuple[str, ...]] = {}  # of the reward, by set
         self.seconds: dict[tuple[int, int], float] = {}
 
     def add(self, set_number: int, batch: PromptBatch) -> None:
@@ -156,17 +160,20 @@ class Tally:
         for number, rollout in enumerate(batch.grid):
             key = (set_number, number)
             self.answers.setdefault(key, []).extend(answers_of(batch, rollout))
+            self.parts[set_number] = rollout.reward_names
             self.seconds[key] = self.seconds.get(key, 0.0) + rollout.seconds
 
     def close(self) -> dict[tuple[int, int], CellResult]:
         """The results by (set, cell), the same on every rank; the tally is empty afterwards."""
-        ranks = gather_over_ranks((self.answers, self.seconds))
-        self.answers, self.seconds = {}, {}
+        ranks = gather_over_ranks((self.answers, self.seconds, self.parts))
+        self.answers, self.seconds, self.parts = {}, {}, {}
+        # A rank without rows of a set doesn't know what its reward is made of.
+        names = {number: found for *_, parts in ranks for number, found in parts.items()}
         found = {}
-        for key in sorted({key for answers, _ in ranks for key in answers}):
-            everyone = sorted(answer for answers, _ in ranks for answer in answers.get(key, ()))
-            slowest = max(seconds.get(key, 0.0) for _, seconds in ranks)
-            found[key] = CellResult(answers=everyone, seconds=slowest)
+        for key in sorted({key for answers, *_ in ranks for key in answers}):
+            everyone = sorted(answer for answers, *_ in ranks for answer in answers.get(key, ()))
+            slowest = max(seconds.get(key, 0.0) for _, seconds, _ in ranks)
+            found[key] = CellResult(answers=everyone, seconds=slowest, reward_names=names[key[0]])
         return found
 
 
@@ -176,6 +183,7 @@ class CellResult:
 
     answers: Sequence[Answer]
     seconds: float  # generating, on the rank that took longest
+    reward_names: tuple[str, ...] = ()  # of the parts of the reward
 
     @property
     def positions(self) -> list[int]:
@@ -195,7 +203,8 @@ class CellResult:
             `num` prompts, `accuracy` with its 95 % interval `accuracy_low` and `accuracy_high`, mean
             `reward`, `timesteps` (mean per answer), `tokens_per_forward` (what a row gets out of a pass that
             it takes part in), `unfinished` (share of answers without end token or padding) and `seconds`;
-            where there are several samples also `pass@1`, `pass@2`, `pass@4`, ...
+            where there are several samples also `pass@1`, `pass@2`, `pass@4`, ...; where the reward has
+            several parts also the mean of each as `reward/NAME`
         """
         answers, num_correct = self.answers, self.num_correct
         num = len(answers)
@@ -213,6 +222,9 @@ class CellResult:
             "unfinished": sum(not answer.finished for answer in answers) / num,
             "seconds": self.seconds,
         }
+        if len(self.reward_names) > 1:
+            for part, name in enumerate(self.reward_names):
+                figures[f"reward/{name}"] = math.fsum(answer.scores[part] for answer in answers) / num
         for k in looked_at(samples):
             figures[f"pass@{k}"] = math.fsum(map(pass_at_k, repeat(samples), num_correct, repeat(k))) / len(
                 num_correct

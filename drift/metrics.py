@@ -105,10 +105,13 @@ def sign_test(num_better: int, num_worse: int) -> float:
 
 
 class RolloutMetrics(Metric):
-    """Accuracy with its 95 % interval, mean reward, timesteps per answer and tokens per forward pass.
+    """Accuracy with its 95 % interval, mean reward and its parts, timesteps and tokens per forward pass.
 
     They are sums and counts over everything seen, on any number of ranks.
     `tokens_per_forward` is what a row gets out of a pass that it takes part in: valid tokens / timesteps.
+
+    Args:
+        reward_names: [R] parts of the reward, the same on every rank.
     """
 
     full_state_update = False
@@ -117,9 +120,13 @@ class RolloutMetrics(Metric):
     reward: Tensor
     timesteps: Tensor
     tokens: Tensor
+    scores: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, reward_names: Sequence[str] = ()) -> None:
         super().__init__()
+        self.reward_names = tuple(reward_names)
+        zeros = torch.zeros(len(self.reward_names), dtype=torch.float64)
+        self.add_state("scores", default=zeros, dist_reduce_fx="sum")
         for name in ("num", "num_correct", "reward", "timesteps", "tokens"):
             self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -131,6 +138,9 @@ class RolloutMetrics(Metric):
         self.num += rollout.correct.numel()
         self.num_correct += rollout.correct.sum()
         self.reward += rollout.rewards.sum()
+        if self.reward_names:
+            assert rollout.scores is not None
+            self.scores += rollout.scores.sum(dim=0)
         self.timesteps += rollout.num_timesteps.sum()
         self.tokens += rollout.completion_mask.sum()
 
@@ -138,7 +148,8 @@ class RolloutMetrics(Metric):
         """The figures of all rows seen, by name.
 
         Returns:
-            `accuracy`, `accuracy_low`, `accuracy_high`, `reward`, `timesteps`, `tokens_per_forward`, `num`.
+            `accuracy`, `accuracy_low`, `accuracy_high`, `reward`, `timesteps`, `tokens_per_forward`, `num`,
+            and `reward/NAME` for every part of the reward.
         """
         num = self.num.clamp(min=1)
         low, high = wilson_interval(self.num_correct.item(), num.item())
@@ -150,4 +161,5 @@ class RolloutMetrics(Metric):
             "timesteps": (self.timesteps / num).float(),
             "tokens_per_forward": (self.tokens / self.timesteps.clamp(min=1)).float(),
             "num": self.num.float(),
+            **{f"reward/{name}": (self.scores[i] / num).float() for i, name in enumerate(self.reward_names)},
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any, Literal, get_args
@@ -189,6 +189,14 @@ class PolicyModule(LightningModule):
         if self.on_progress is not None:
             self.on_progress(stage, done, total)
 
+    def measure_parts(self, reward_names: Sequence[str]) -> None:
+        """Measures every part of training rollouts' reward, too, from here on.
+
+        Args:
+            reward_names: [R] the parts of each rollout that comes, the same on every rank.
+        """
+        self.rollout_metrics = RolloutMetrics(reward_names)
+
     def measure(self, rollout: Rollout) -> dict[str, Tensor]:
         """What a training rollout was like, over all ranks, by the names under which it is logged."""
         self.rollout_metrics.update(rollout)
@@ -200,7 +208,8 @@ class PolicyModule(LightningModule):
             "rollout/timesteps": "timesteps",
             "rollout/tokens_per_forward": "tokens_per_forward",
         }
-        return {name: found[metric] for name, metric in names.items()}
+        parts = {name: value for name, value in found.items() if name.startswith("reward/")}
+        return {**{name: found[metric] for name, metric in names.items()}, **parts}
 
     def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keeps what counts of the batch's answers."""

@@ -82,6 +82,8 @@ def judged(correct: list[bool], rewards: list[float], timesteps: list[int], num_
         completion_mask=torch.arange(8) < torch.tensor(num_valid)[:, None],
         step_map=ids,
         num_timesteps=torch.tensor(timesteps),
+        scores=torch.tensor([[reward, 1.0] for reward in rewards]),
+        reward_names=("math", "format"),
         rewards=torch.tensor(rewards)[:, None],
         correct=torch.tensor(correct),
         finished=torch.tensor(num_valid) < 8,
@@ -113,7 +115,9 @@ def test_answers_are_numbered_by_prompt_and_sample():
         (4, 0, True),
         (4, 1, True),
     ]
-    assert found[1] == Answer(7, 1, correct=False, finished=True, reward=0.25, timesteps=2, tokens=4)
+    assert found[1] == Answer(
+        7, 1, correct=False, finished=True, reward=0.25, timesteps=2, tokens=4, scores=(0.25, 1.0)
+    )
 
 
 def test_figures_of_a_cell():
@@ -137,6 +141,8 @@ def test_figures_of_a_cell():
             "tokens_per_forward": (8 + 4 + 8 + 2 + 8 + 8) / 28,
             "unfinished": 4 / 6,
             "seconds": 3.0,
+            "reward/math": (1 + 0.25 + 1 + 1 + 0 + 0.5) / 6,
+            "reward/format": 1.0,
             "pass@1": 0.5,
             "pass@2": 2 / 3,
         }
@@ -158,7 +164,7 @@ def test_ranks_come_together_in_the_order_of_prompts(monkeypatch: pytest.MonkeyP
     ranks[1].add(0, batch([1], judged([True], [0.5], [3], [1])))
     ranks[1].add(0, batch([3], judged([True], [0.5], [4], [1])))
     ranks[0].add(1, batch([0], judged([True], [1.0], [5], [1])))
-    gathered = [(rank.answers, rank.seconds) for rank in ranks]
+    gathered = [(rank.answers, rank.seconds, rank.parts) for rank in ranks]
     monkeypatch.setattr(drift.evaluation, "gather_over_ranks", lambda _: gathered)
     for rank in ranks:
         found = rank.close()

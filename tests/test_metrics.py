@@ -43,7 +43,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
 
 
 def rollout(
-    correct: list[bool], rewards: list[list[float]], timesteps: list[int], valid: list[int]
+    correct: list[bool], scores: list[list[float]], timesteps: list[int], valid: list[int]
 ) -> Rollout:
     ids = torch.zeros(len(correct), 8, dtype=torch.int64)
     return Rollout(
@@ -53,7 +53,8 @@ def rollout(
         completion_mask=torch.arange(8) < torch.tensor(valid)[:, None],
         step_map=ids,
         num_timesteps=torch.tensor(timesteps),
-        rewards=torch.tensor(rewards),
+        scores=torch.tensor(scores),
+        rewards=torch.tensor(scores).sum(dim=1),
         correct=torch.tensor(correct),
     )
 
@@ -80,6 +81,16 @@ def test_sums_over_everything_seen():
         },
         rel=1e-6,
     )
+
+
+def test_every_part_of_the_reward_has_a_mean_of_its_own():
+    metrics = RolloutMetrics(["math", "length"])
+    metrics.update(FIRST)
+    metrics.update(SECOND)
+    found = metrics.compute()
+    assert found["reward/math"].item() == pytest.approx((1.0 + 0.0 + 1.0) / 3)
+    assert found["reward/length"].item() == pytest.approx((0.5 + 0.5 + 0.0) / 3)
+    assert found["reward"].item() == pytest.approx(1.0)
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric")

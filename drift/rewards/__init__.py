@@ -4,6 +4,7 @@ from drift.rewards.base import PerSampleReward, Reward
 from drift.rewards.code import CodeReward, extract_code
 from drift.rewards.countdown import CountdownReward
 from drift.rewards.format import FormatReward
+from drift.rewards.length import LengthReward
 from drift.rewards.math import MathReward, extract_boxed
 from drift.rewards.sudoku import SudokuReward
 
@@ -11,6 +12,7 @@ __all__ = [
     "CodeReward",
     "CountdownReward",
     "FormatReward",
+    "LengthReward",
     "MathReward",
     "PerSampleReward",
     "Reward",

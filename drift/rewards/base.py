@@ -23,6 +23,18 @@ class Reward(ABC):
             problems: [N] the problem each completion answers.
         """
 
+    def judge(
+        self, completions: Sequence[str], problems: Sequence[Problem], num_tokens: Tensor | None
+    ) -> Tensor:
+        """[N] float32 rewards of completions whose tokens were counted; most rewards don't look at those.
+
+        Args:
+            completions: [N] as above.
+            problems: [N] as above.
+            num_tokens: [N] int64, valid tokens of each completion; None where nobody counted them.
+        """
+        return self(completions, problems)
+
     def close(self) -> None:
         """Gives back what the reward holds, such as processes; it may be called again afterwards."""
         return

@@ -5,7 +5,18 @@ from drift.tasks.code import CodeTask
 from drift.tasks.countdown import CountdownTask
 from drift.tasks.math import MathTask
 from drift.tasks.procedural import ProceduralTask
-from drift.tasks.scoring import score
+from drift.tasks.scoring import ExtraReward, judge, part_names, score
 from drift.tasks.sudoku import SudokuTask
 
-__all__ = ["CodeTask", "CountdownTask", "MathTask", "ProceduralTask", "SudokuTask", "Task", "score"]
+__all__ = [
+    "CodeTask",
+    "CountdownTask",
+    "ExtraReward",
+    "MathTask",
+    "ProceduralTask",
+    "SudokuTask",
+    "Task",
+    "judge",
+    "part_names",
+    "score",
+]

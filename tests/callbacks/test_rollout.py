@@ -13,9 +13,10 @@ from drift.data import PromptDataModule
 from drift.models import load_policy, load_tokenizer
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig
+from drift.rewards import FormatReward, LengthReward
 from drift.rewards.base import PerSampleReward
 from drift.rollout import DenoiseConfig, rollout_groups
-from drift.tasks import SudokuTask
+from drift.tasks import ExtraReward, SudokuTask
 
 DECODE = DenoiseConfig(block_length=8, threshold=0.5, temperature=1.0)
 GREEDY = DenoiseConfig(block_length=16, threshold=0.9)
@@ -109,6 +110,37 @@ def test_correct_means_a_reward_of_1(train, spread_task):
     rollout = keep.batches[0].rollout
     assert set(rollout.correct.tolist()) == {True, False}
     assert rollout.correct.tolist() == [reward == 1 for (reward,) in rollout.rewards.tolist()]
+
+
+def test_extra_rewards_add_to_the_sum_and_are_logged(train, spread_task):
+    class Loud(FormatReward):
+        closed = False
+
+        def close(self):
+            self.closed = True
+
+    loud = Loud("1")
+    keep, trainer = train(
+        1,
+        extra_rewards=[ExtraReward(loud, 0.5), ExtraReward(LengthReward(max_length=16, margin=16))],
+        trainer={"limit_val_batches": 1.0, "val_check_interval": 1},
+    )
+    rollout, logged = keep.batches[0].rollout, trainer.callback_metrics
+    assert rollout.reward_names == ("spread", "loud", "length")
+    torch.testing.assert_close(rollout.rewards, rollout.scores * torch.tensor([1.0, 0.5, 1.0]))
+    torch.testing.assert_close(rollout.scores[:, 2], -rollout.completion_mask.sum(dim=1) / 16)
+    assert torch.equal(rollout.correct, rollout.scores[:, 0] >= 1)
+    for i, name in enumerate(rollout.reward_names):
+        torch.testing.assert_close(logged[f"reward/{name}"], rollout.scores[:, i].mean())
+        validated = keep.evaluated[0].rollout.scores[:, i].mean()
+        torch.testing.assert_close(logged[f"val/reward/{name}"], validated)
+    assert loud.closed
+
+
+def test_two_parts_of_one_name_stop_at_once(train):
+    extra = [ExtraReward(FormatReward("1")), ExtraReward(FormatReward("2"))]
+    with pytest.raises(ConfigError, match="name 'format' for several rewards"):
+        train(1, extra_rewards=extra)
 
 
 def test_a_sample_is_the_same_in_any_batch(train):
