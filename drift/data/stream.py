@@ -193,7 +193,7 @@ def fitting_rows(
         demonstration_length: also look at the demonstrations, which must fit into this length.
 
     Raises:
-        ConfigError: where a prompt or demonstration cannot be used, or none is left.
+        ConfigError: where a prompt, a demonstration or the tests of an answer cannot be used, or none is left.
     """
     usable = []
     for number, row in enumerate(rows):
@@ -209,6 +209,8 @@ def fitting_rows(
             f"{where}: none of the rows has a prompt of at most data.max_prompt_length "
             f"({template.max_length}) tokens; raise it"
         )
+    for number, reason in task.reward.vet(task.problem(cast("Row", row)) for row in rows):
+        raise ConfigError(f"{where} row {number}: {reason}; correct the data, or drop the row")
     return rows.select(usable)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,14 @@ class Reward(ABC):
             num_tokens: [N] int64, valid tokens of each completion; None where nobody counted them.
         """
         return self(completions, problems)
+
+    def vet(self, problems: Iterable[Problem]) -> Iterator[tuple[int, str]]:
+        """The number of each problem that no answer could be judged on, and why, as far as can be known.
+
+        Args:
+            problems: as they will be judged; those of a dataset, in its order.
+        """
+        return iter(())
 
     def close(self) -> None:
         """Gives back what the reward holds, such as processes; it may be called again afterwards."""

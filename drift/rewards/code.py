@@ -6,7 +6,7 @@ import math
 import os
 import re
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from time import monotonic
@@ -18,14 +18,15 @@ from torch import Tensor
 from drift.contract import ConfigError, Problem
 from drift.rewards.base import Reward
 from drift.rewards.code_tests import TestCode, split_tests
-from drift.rewards.inside.checker import GRACE_SECONDS, HELLO_SECONDS
+from drift.rewards.code_vet import faults, reference_answer
+from drift.rewards.inside.checker import END_SECONDS, GRACE_SECONDS
 from drift.rewards.inside.values import encode
 from drift.rewards.sandbox import Sandbox, SandboxKind
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*(\S*)[^\n]*\n?", re.MULTILINE)
 _LANGUAGES = ("python", "py", "python3")
 _VERDICT_BYTES = 1 << 20
-_START_SECONDS = 10.0  # a program's own clock starts with Python; this is for a process that stopped it
+_AT_ONCE = 64  # solutions that are judged together
 
 
 class CodeReward(Reward):
@@ -44,8 +45,10 @@ class CodeReward(Reward):
         all_or_nothing: 1.0 where all tests pass, else 0.0.
         timeout_seconds: time for all tests of a completion, > 0; also the most that a single one may take.
         memory_megabytes: memory of a completion's process, >= 64.
-        output_kilobytes: the most that a program may print, >= 1.
+        output_kilobytes: what a program may print beyond twice the output that is expected, >= 1.
         num_workers: completions judged at the same time, >= 1; None for as many as there are cores.
+        solution_field: column of the rows with a solution, such as HumanEval's `canonical_solution` or MBPP's
+            `code`, that must pass all tests of its row before training begins; None: solutions are not run.
         sandbox: "bwrap" keeps the code from network, files and other processes; "rlimits" only limits time
             and memory, for machines without bubblewrap and answers that you would run yourself.
 
@@ -60,6 +63,7 @@ class CodeReward(Reward):
         memory_megabytes: int = 512,
         output_kilobytes: int = 1024,
         num_workers: int | None = None,
+        solution_field: str | None = None,
         sandbox: SandboxKind = "bwrap",
     ) -> None:
         if not 0 < timeout_seconds < math.inf:
@@ -74,6 +78,7 @@ class CodeReward(Reward):
         self.timeout_seconds = timeout_seconds
         self.output_kilobytes = output_kilobytes
         self.num_workers = num_workers
+        self.solution_field = solution_field
         self._sandbox = Sandbox(sandbox, memory_megabytes)
 
     def __call__(self, completions: Sequence[str], problems: Sequence[Problem]) -> Tensor:
@@ -96,12 +101,42 @@ class CodeReward(Reward):
             [float(v == 1.0) if self.all_or_nothing else v for v in values], dtype=torch.float32
         )
 
+    def vet(self, problems: Iterable[Problem]) -> Iterator[tuple[int, str]]:
+        """The number of each problem whose tests no answer can pass, and why.
+
+        Tests are run without an answer, which takes about a millisecond a problem; with `solution_field` also
+        with the row's own solution, which takes as long as judging it.
+        """
+        asked = list(problems)
+        functions = [
+            (i, problem.row) for i, problem in enumerate(asked) if problem.row["test_method"] == "function"
+        ]
+        tests = (_tests(row) for _, row in functions)
+        for number, reason in faults(self._sandbox, tests, self.timeout_seconds):
+            yield functions[number][0], f"field 'test_list' cannot be used: {reason}"
+        if self.solution_field is not None:
+            yield from self._failing_solutions(asked, self.solution_field)
+
+    def _failing_solutions(self, problems: Sequence[Problem], field: str) -> Iterator[tuple[int, str]]:
+        for start in range(0, len(problems), _AT_ONCE):
+            some = problems[start : start + _AT_ONCE]
+            known = {i: problem for i, problem in enumerate(some) if isinstance(problem.row.get(field), str)}
+            answers = [reference_answer(problem.row, field) for problem in known.values()]
+            shares = dict(zip(known, self(answers, list(known.values())).tolist(), strict=True))
+            for i in range(len(some)):
+                if i not in shares:
+                    yield start + i, f"solution_field={field!r} of CodeReward: the row has no such text"
+                elif shares[i] < 1:
+                    yield (
+                        start + i,
+                        f"field {field!r}: this solution passes only {shares[i]:.2f} of its tests",
+                    )
+
     def _share(self, code: str, problem: Problem) -> float:
         seconds = min(float(problem.row["test_time_limit"]), self.timeout_seconds)
         if problem.row["test_method"] == "stdio":
             return self._share_of_outputs(code, problem.row, seconds)
-        tests = _split(tuple(problem.row["test_list"]), problem.row.get("prefix") or "")
-        return self._share_of_assertions(code, tests, seconds)
+        return self._share_of_assertions(code, _tests(problem.row), seconds)
 
     def _share_of_assertions(self, code: str, tests: TestCode, seconds: float) -> float:
         scripts = [(script.source, script.names) for script in tests.scripts]
@@ -117,11 +152,10 @@ class CodeReward(Reward):
                 # Each end lives in one process alone, so that either sees the other's end.
                 ours.close()
                 theirs.close()
-                patience = HELLO_SECONDS + self.timeout_seconds + 4 * GRACE_SECONDS
-                lines = (checker.read(patience, _VERDICT_BYTES) or b"").decode().split("\n")[:-1]
-        if lines[:1] != ["hello"]:
-            raise RuntimeError("a sandboxed process did not start in time: is this machine overloaded?")
-        verdicts = [line.split() for line in lines if line.startswith(("pass", "fail"))]
+                checker.require_greeting()
+                # What the checker computes in one go, with what the answer gave, it cannot interrupt itself.
+                said = checker.read(self.timeout_seconds + END_SECONDS, _VERDICT_BYTES) or b""
+        verdicts = [line.split() for line in said.decode().split("\n")[:-1]]
         by_kind = {kind: [int(test) for word, test in verdicts if word == kind] for kind in ("pass", "fail")}
         return tests.share(by_kind["pass"], by_kind["fail"])
 
@@ -131,19 +165,30 @@ class CodeReward(Reward):
             limit = min(seconds, left)
             if limit <= 0:
                 break
-            start = monotonic()
-            passed += _lines(self._output(code, given, limit)) == _lines(expected)
-            left -= monotonic() - start
+            output, seconds_taken = self._output(code, given, limit, len(expected.encode()))
+            passed += _lines(output) == _lines(expected)
+            left -= seconds_taken
         return passed / len(row["test_input"])
 
-    def _output(self, code: str, given: str, seconds: float) -> str | None:
-        """What the program prints, None where it fails, takes too long or prints too much."""
+    def _output(self, code: str, given: str, seconds: float, num_expected: int) -> tuple[str | None, float]:
+        """What the program prints, None where it fails, takes too long or prints too much; and its time."""
         program = encode((code, seconds))
         with self._sandbox.start("program", given.encode(), program, math.ceil(seconds) + 2) as process:
-            printed = process.read(seconds + _START_SECONDS, self.output_kilobytes * 1024)
-            if printed is None or process.wait(GRACE_SECONDS) != 0:
-                return None
-        return printed.decode(errors="replace")
+            process.require_greeting()
+            start = monotonic()
+            # It ends itself in time, unless its code prevents that.
+            deadline = start + seconds + GRACE_SECONDS
+            printed = process.read(deadline - start, self.output_kilobytes * 1024 + 2 * num_expected)
+            ended = printed is not None and process.wait(max(0.0, deadline - monotonic())) == 0
+            taken = monotonic() - start
+        try:
+            return (printed.decode() if printed is not None and ended else None), taken
+        except UnicodeDecodeError:
+            return None, taken
+
+
+def _tests(row: Mapping[str, Any]) -> TestCode:
+    return _split(tuple(row["test_list"]), row.get("prefix") or "")
 
 
 @lru_cache(maxsize=4096)

@@ -226,10 +226,14 @@ def _report(what: str, numbers: Iterable[int]) -> list[ast.stmt]:
     return ast.parse(f"__drift__.{what}({', '.join(map(str, numbers))})").body
 
 
+def prefix_code(prefix: str) -> str:
+    """The code with which an answer starts: what follows the prefix's last fence, or all of it."""
+    return prefix.rpartition(_FENCE)[2].partition("\n")[2] if _FENCE in prefix else prefix
+
+
 def _helpers(prefix: str) -> list[ast.stmt]:
     """The statements of the prefix before its last definition, which is the one to be completed."""
-    code = prefix.rpartition(_FENCE)[2].partition("\n")[2] if _FENCE in prefix else prefix
-    lines = code.split("\n")
+    lines = prefix_code(prefix).split("\n")
     starts = [i for i, line in enumerate(lines) if line.startswith(("def ", "async def ", "class ", "@"))]
     while len(starts) > 1 and lines[starts[-2]].startswith("@") and starts[-2] == starts[-1] - 1:
         del starts[-1]

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import selectors
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import IO, Literal, Self
+from typing import IO, Literal
 
 from drift.contract import ConfigError
 from drift.rewards.inside import candidate, checker, start
 from drift.rewards.inside.values import encode
 from drift.rewards.sandbox_filter import MACHINES, filter_program
+from drift.rewards.sandbox_process import SandboxProcess
 
 SandboxKind = Literal["bwrap", "rlimits"]
 
@@ -38,7 +35,6 @@ start.main(sys.argv[1:])
 """
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/sbin", "/nix/store", "/etc/ld.so.cache")
 _DISK_BYTES = 16 * 1024**2  # of /tmp, in memory; also of a single file
-_KILL_SECONDS = 2.0
 _PROBE_SECONDS = 30
 _PROBE = "import os\ntry:\n    os.fork()\nexcept PermissionError:\n    print('alone')\n"
 _INSTALL = (
@@ -87,7 +83,7 @@ class Sandbox:
         """A running process; close it, or use it as a context manager.
 
         Args:
-            role: candidate, checker or program, see drift.rewards.inside.start.
+            role: candidate, checker, rehearsal or program, see drift.rewards.inside.start.
             stdin: what it reads.
             channel: file descriptor that it gets besides its input, or the content of such a file.
             cpu_seconds: limit of its computing time, >= 1.
@@ -121,106 +117,6 @@ class Sandbox:
                 start_new_session=True,
             )
             return SandboxProcess(process, info, folder)
-
-
-class SandboxProcess:
-    """A process in its sandbox.
-
-    Args:
-        process: the outermost process.
-        info: file descriptor from which bubblewrap's report can be read; None without bubblewrap.
-        folder: removed at the end.
-    """
-
-    def __init__(
-        self,
-        process: subprocess.Popen[bytes],
-        info: int | None,
-        folder: tempfile.TemporaryDirectory[str] | None,
-    ) -> None:
-        self._process = process
-        self._info = info
-        self._folder = folder
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def read(self, seconds: float, max_bytes: int) -> bytes | None:
-        """What the process writes until it ends, or until the time is over; None where it is too much.
-
-        Args:
-            seconds: how long to wait.
-            max_bytes: the most that may come.
-        """
-        stdout = self._process.stdout
-        assert stdout is not None
-        deadline, data = time.monotonic() + seconds, bytearray()
-        with selectors.DefaultSelector() as selector:
-            selector.register(stdout, selectors.EVENT_READ)
-            while selector.select(max(0.0, deadline - time.monotonic())):
-                # Past the buffer of the pipe object: what it had read ahead, the selector would not see.
-                chunk = os.read(stdout.fileno(), 65536)
-                data += chunk
-                if len(data) > max_bytes:
-                    return None
-                if not chunk:
-                    break
-        return bytes(data)
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit status, None where the process is still running.
-
-        Args:
-            seconds: how long to wait.
-        """
-        try:
-            return self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
-
-    def close(self) -> None:
-        """Ends the process and everything it has started.
-
-        Raises:
-            RuntimeError: bubblewrap could not make the sandbox: nothing was run.
-        """
-        started = self._info is None
-        with ExitStack() as stack:
-            stack.callback(self._process.wait)
-            if self._folder is not None:
-                stack.callback(self._folder.cleanup)
-            if self._process.stdout is not None:
-                stack.callback(self._process.stdout.close)
-            if self._info is not None:
-                stack.callback(os.close, self._info)
-                started = self._end_first_process(self._info)
-            if self._info is None or self._process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(self._process.pid, signal.SIGKILL)
-        if not started:
-            raise RuntimeError(
-                "bubblewrap could not make a sandbox, though it could before: is this machine full?"
-            )
-
-    def _end_first_process(self, info: int) -> bool:
-        """Whether the sandbox had been made; its end is what ends everything in it.
-
-        Bubblewrap collects that process and ends itself. Were both killed at once, the orphan would be left
-        to the init of a container, which may collect nobody.
-        """
-        running = self._process.poll() is None
-        with selectors.DefaultSelector() as selector:
-            selector.register(info, selectors.EVENT_READ)
-            # A sandbox that is just being made will report, or close the pipe.
-            report = os.read(info, 4096) if selector.select(_KILL_SECONDS if running else 0) else b""
-        if report and self._process.poll() is None:
-            with suppress(ProcessLookupError):
-                os.kill(json.loads(report)["child-pid"], signal.SIGKILL)
-            self.wait(_KILL_SECONDS)
-        return bool(report)
 
 
 def _file(data: bytes) -> IO[bytes]:
@@ -261,6 +157,8 @@ def _bwrap() -> tuple[str, ...]:
         # As the first process of its namespace the command is bubblewrap's own child, which it collects.
         # Another one in between would be left to the init of a container, which may collect nobody.
         *("--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"),
+        # A signal to its own group would reach bubblewrap, though that is outside.
+        "--new-session",
         *binds,
         *("--ro-bind", str(_INSIDE), "/drift/inside"),
         *("--dev", "/dev", "--remount-ro", "/dev"),
@@ -291,7 +189,7 @@ def _probe(sandbox: Sandbox) -> None:
             said, reason = None, str(error)
         errors.seek(0)
         reason = errors.read(1000).decode(errors="replace").strip() or reason
-    if said != b"alone\n":
+    if said != f"{start.GREETING}alone\n".encode():
         raise ConfigError(
             f"sandbox='bwrap' does not work here ({reason or 'it lets processes start'}): {_INSTALL}"
         )

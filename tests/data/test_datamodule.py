@@ -14,8 +14,9 @@ from drift.data import PromptDataModule, Source
 from drift.data import datamodule as module_under_test
 from drift.models.characters import MASK, character_tokenizer
 from drift.module import RLDFModule
+from drift.rewards import CodeReward
 from drift.rollout import DenoiseConfig
-from drift.tasks import MathTask, SudokuTask
+from drift.tasks import CodeTask, MathTask, SudokuTask
 
 DECODE = DenoiseConfig(block_length=16)
 
@@ -215,6 +216,27 @@ def test_an_empty_file_is_an_error(tiny_folder: Path, write):
 def test_a_missing_field_is_an_error(tiny_folder: Path, write):
     prompts = data(tiny_folder, train=write([{"question": "1+1?"}]))
     with pytest.raises(ConfigError, match=r"no field 'ground_truth_answer'.*set data\.task\.answer_field"):
+        prompts.setup("fit")
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_tests_that_never_end_stop_before_training(tiny_folder: Path, write, bwrap: None, split: str):
+    row = {
+        "question": "f",
+        "test_method": "function",
+        "test_time_limit": 1,
+        "test_list": ["assert f(1) == 1"],
+    }
+    good, endless = (
+        write([row]),
+        write([row, {**row, "test_list": [*row["test_list"], "while 1: f\nassert f"]}]),
+    )
+    task = CodeTask(reward=CodeReward(timeout_seconds=0.5))
+    sources = {"train": good, "validation": good, split: endless}
+    message = rf"data\.{split} \(.*\) row 1: field 'test_list' cannot be used: it does not end within 0\.5 s"
+    prompts = data(tiny_folder, task=task, **sources)
+    prompts.trainer = Trainer()
+    with pytest.raises(ConfigError, match=message):
         prompts.setup("fit")
 
 

@@ -18,6 +18,7 @@ def run(
 ) -> tuple[bytes | None, int | None]:
     """What a program prints, and its exit status."""
     with Sandbox(**settings).start("program", stdin, encode((code, seconds)), 5) as process:
+        process.require_greeting()
         return process.read(seconds + 2.0, 100_000), process.wait(1.0)
 
 
@@ -134,6 +135,7 @@ def test_closing_ends_a_process_and_collects_it(bwrap: None):
     code = "import signal\nsignal.setitimer(0, 0)\nwhile True: pass"
     process = Sandbox().start("program", b"", encode((code, 9.0)), 30)
     pid = process._process.pid
+    process.require_greeting()
     assert process.read(0.3, 10) == b""
     process.close()
     assert not Path(f"/proc/{pid}").exists()
@@ -167,6 +169,7 @@ def test_many_threads_start_sandboxes(bwrap: None):
 
     def one(number: int) -> None:
         with sandbox.start("program", b"", encode((f"print({number})", 5.0)), 5) as process:
+            process.require_greeting()
             found.append(int(process.read(20.0, 100) or b"-1"))
 
     threads = [threading.Thread(target=one, args=(number,)) for number in range(12)]

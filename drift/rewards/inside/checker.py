@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 HELLO_SECONDS = 30.0  # to start the candidate's process, on the busiest machine
-GRACE_SECONDS = 0.5  # a candidate interrupts its own calls in time, unless its code prevents that
+GRACE_SECONDS = 0.4  # a candidate interrupts its own calls in time, unless its code prevents that
+END_SECONDS = 0.6  # after the answer's time: for what the tests do with what it gave
 
 
 class Gone(BaseException):
@@ -185,7 +186,7 @@ def check(
         return
     put("hello")
     # With what the answer gave, the tests may compute too long by themselves.
-    end_after(total_seconds + 2 * GRACE_SECONDS)
+    end_after(total_seconds + END_SECONDS)
     clock = Clock(seconds, total_seconds)
     answer = Answer(fd, clock)
     if answer.load():
@@ -194,6 +195,44 @@ def check(
             namespace = {"__name__": "tests", "__drift__": Verdicts(clock, put)}
             namespace |= {name: answer.function(name) for name in names}
             _run(source, namespace)
+
+
+def rehearse(
+    problems: Sequence[Sequence[tuple[str, Sequence[str]]]], seconds: float, put: Callable[[str], None]
+) -> None:
+    """Runs tests with an answer that fails at once, so that only the tests themselves can go wrong.
+
+    Puts a line a problem: empty, or what goes wrong whatever the answer is. Tests without end put none.
+
+    Args:
+        problems: for each, the scripts as in `check`.
+        seconds: time for the tests of one problem.
+        put: takes a line.
+    """
+    put("hello")
+    for scripts in problems:
+        end_after(seconds)
+        put(" ".join(next(filter(None, (_fault(*script) for script in scripts)), "").split()))
+
+
+def _fault(source: str, names: Sequence[str]) -> str:
+    """What goes wrong in a script before it asks the answer for anything; nothing where nothing does."""
+    asked: list[str] = []
+    failed: list[str] = []
+
+    def ask(*args: Any, **kwargs: Any) -> None:
+        asked.append("")
+        raise Gone
+
+    clock = Clock(0.0, 0.0)
+    verdicts = Verdicts(clock, lambda line: None if asked else failed.append(line))
+    namespace = {"__name__": "tests", "__drift__": verdicts} | dict.fromkeys(names, ask)
+    try:
+        exec(compile(source, "tests.py", "exec"), namespace)
+    except BaseException as error:
+        if not asked:
+            return f"it raises {type(error).__name__}: {error}"[:500]
+    return f"assertion {failed[0].split()[1]} is false whatever the answer is" if failed else ""
 
 
 def _run(source: str, namespace: dict[str, Any]) -> None:

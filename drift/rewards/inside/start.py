@@ -9,6 +9,8 @@ import sys
 from .alarm import end_after
 from .values import decode
 
+GREETING = "hello\n"  # before foreign code can write anything
+
 TYPE_CHECKING = False  # loading typing takes longer than all the rest
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,9 +20,8 @@ def main(arguments: Sequence[str]) -> None:
     """Plays a role until the input or the time ends.
 
     Args:
-        arguments: the role (candidate, checker or program), the file descriptor of its socket (of its code,
-        for
-            a program), and the limits: seconds of CPU time, bytes of memory, bytes of a file.
+        arguments: the role (candidate, checker, rehearsal or program), the file descriptor of its socket (of
+            its code, for a program), and the limits: seconds of CPU time, bytes of memory, bytes of a file.
     """
     role, *numbers = arguments
     fd, cpu_seconds, memory_bytes, file_bytes = (int(number) for number in numbers)
@@ -34,12 +35,17 @@ def main(arguments: Sequence[str]) -> None:
         _silence(0, 1, 2)
         serve(fd, code, seconds)
     else:
-        from .checker import check
+        from . import checker
 
-        scripts, seconds, total_seconds = _payload(0)
+        task = _payload(0)
         lines = os.dup(1)
         _silence(0, 1, 2)
-        check(fd, scripts, seconds, total_seconds, lambda line: _put(lines, line))
+        if role == "rehearsal":
+            problems, seconds = task
+            checker.rehearse(problems, seconds, lambda line: _put(lines, line))
+        else:
+            scripts, seconds, total_seconds = task
+            checker.check(fd, scripts, seconds, total_seconds, lambda line: _put(lines, line))
 
 
 def _run_program(fd: int) -> None:
@@ -47,6 +53,7 @@ def _run_program(fd: int) -> None:
 
     code, seconds = _payload(fd)
     sys.argv[:] = ["answer.py"]
+    os.write(1, GREETING.encode())
     end_after(seconds)
     exec(compile(code, "answer.py", "exec"), answer_module("__main__"))
 
