@@ -10,6 +10,7 @@ from torch import Tensor
 
 from drift.contract import ConfigError, Problem
 from drift.rewards.base import Reward
+from drift.rewards.math_form import Question, questions
 from drift.rewards.math_workers import JudgePool
 
 _BOX = "\\boxed{"
@@ -21,8 +22,10 @@ _MAX_CHARACTERS = 1000  # several times the longest ground truth of the usual be
 class MathReward(Reward):
     r"""1.0 where the last \boxed{...} of the completion equals `problem.answer`, else 0.0.
 
-    Equality is judged by math-verify in processes of their own, so that an answer which makes the symbolic
-    algebra hang or crash counts 0 and harms nothing else. Equal pairs of a batch are judged once.
+    The form of an answer is taken strictly: a list is no tuple, an open interval no closed one, every side of
+    `2 + 3 = 5` must be right (see drift.rewards.math_form). Values are compared by math-verify in processes
+    of their own, so that an answer which makes the symbolic algebra hang or crash counts 0 and harms nothing
+    else. Equal answers of a batch are judged once.
 
     Args:
         timeout_seconds: time for the judgement of one answer, > 0.
@@ -55,10 +58,11 @@ class MathReward(Reward):
             (problem.answer.strip(), (extract_boxed(completion) or "").strip())
             for completion, problem in zip(completions, problems, strict=True)
         ]
-        unsure = [(gold, answer) for gold, answer in dict.fromkeys(pairs) if _needs_judge(gold, answer)]
-        verdicts = dict(zip(unsure, self._pool.judge(unsure), strict=True))
-        equal = [verdicts.get((gold, answer), gold == answer != "") for gold, answer in pairs]
-        return torch.tensor(equal, dtype=torch.float32)
+        asked = {pair: _questions(*pair) for pair in pairs}
+        equal = {pair: found == [] for pair, found in asked.items()}
+        unsure = {pair: found for pair, found in asked.items() if found}
+        equal |= zip(unsure, self._pool.judge(list(unsure.values())), strict=True)
+        return torch.tensor([equal[pair] for pair in pairs], dtype=torch.float32)
 
     def close(self) -> None:
         """Ends the judge processes; the next call starts new ones."""
@@ -79,5 +83,8 @@ def extract_boxed(text: str) -> str | None:
     return None
 
 
-def _needs_judge(gold: str, answer: str) -> bool:
-    return gold != answer and 0 < len(answer) <= _MAX_CHARACTERS
+def _questions(gold: str, answer: str) -> list[Question] | None:
+    if gold == answer != "":
+        return []
+    found = questions(gold, answer) if len(answer) <= _MAX_CHARACTERS else None
+    return None if found is None else [(ours, theirs) for ours, theirs in found if ours != theirs]

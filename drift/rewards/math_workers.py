@@ -16,6 +16,7 @@ from queue import LifoQueue
 from typing import IO, Any
 
 from drift.contract import ConfigError
+from drift.rewards.math_form import Question
 
 JUDGE_COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("math_judge.py")))
 _STARTUP_SECONDS = 120.0  # importing sympy from a cold network disk
@@ -26,7 +27,7 @@ class JudgeProcess:
     """One judge, started at its first question and replaced after a question that it did not survive.
 
     Args:
-        timeout_seconds: limit of one question, > 0; starting the process does not count.
+        timeout_seconds: limit of one answer, > 0; starting the process does not count.
         command: program that speaks the protocol of math_judge.py.
     """
 
@@ -36,8 +37,11 @@ class JudgeProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._num_questions = 0
 
-    def ask(self, gold: str, answer: str) -> bool:
-        """Whether the judge says that the answers are equal; False where it hangs or crashes.
+    def ask(self, questions: Sequence[Question]) -> bool:
+        """Whether the judge says that all these pairs are equal; False where it hangs or crashes.
+
+        Args:
+            questions: (gold, answer) pairs of one answer, which share its time.
 
         Raises:
             ConfigError: the judge cannot be started.
@@ -45,8 +49,14 @@ class JudgeProcess:
         if self._num_questions >= _MAX_QUESTIONS:
             self.kill()
         process = self._running() or self._start()
+        deadline = time.monotonic() + self.timeout_seconds
+        return all(self._ask(process, *question, deadline - time.monotonic()) for question in questions)
+
+    def _ask(self, process: subprocess.Popen[bytes], gold: str, answer: str, seconds: float) -> bool:
+        if seconds <= 0:
+            return False
         self._num_questions += 1
-        question = {"gold": gold, "answer": answer, "timeout_seconds": self.timeout_seconds}
+        question = {"gold": gold, "answer": answer, "timeout_seconds": seconds}
         stdin, _ = _pipes(process)
         try:
             stdin.write(json.dumps(question).encode() + b"\n")
@@ -54,7 +64,7 @@ class JudgeProcess:
         except OSError:
             reply = None
         else:
-            reply = _read_message(process, self.timeout_seconds)
+            reply = _read_message(process, seconds)
         if reply is None:
             self.kill()
             return False
@@ -95,11 +105,11 @@ class JudgeProcess:
 
 
 class JudgePool:
-    """Judges that share the questions of a batch. Closed by `close`, when collected and at interpreter exit.
+    """Judges that share the answers of a batch. Closed by `close`, when collected and at interpreter exit.
 
     Args:
         num_workers: judges, >= 1; a judge that is never needed is never started.
-        timeout_seconds: limit of one question, > 0.
+        timeout_seconds: limit of one answer, > 0.
         command: program that speaks the protocol of math_judge.py.
     """
 
@@ -113,25 +123,25 @@ class JudgePool:
             self._idle.put(worker)
         weakref.finalize(self, _kill_all, self._workers)
 
-    def judge(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
-        """Whether the two answers of each (gold, answer) pair are equal.
+    def judge(self, answers: Sequence[Sequence[Question]]) -> list[bool]:
+        """Whether all the (gold, answer) pairs of each answer are equal.
 
         Raises:
             ConfigError: a judge cannot be started.
         """
-        if not pairs:
+        if not answers:
             return []
-        with ThreadPoolExecutor(min(len(self._workers), len(pairs))) as threads:
-            return list(threads.map(self._ask_idle, pairs))
+        with ThreadPoolExecutor(min(len(self._workers), len(answers))) as threads:
+            return list(threads.map(self._ask_idle, answers))
 
     def close(self) -> None:
         """Ends all judges; the next batch starts them again."""
         _kill_all(self._workers)
 
-    def _ask_idle(self, pair: tuple[str, str]) -> bool:
+    def _ask_idle(self, questions: Sequence[Question]) -> bool:
         worker = self._idle.get()
         try:
-            return worker.ask(*pair)
+            return worker.ask(questions)
         finally:
             self._idle.put(worker)
 

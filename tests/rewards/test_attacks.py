@@ -608,7 +608,7 @@ PROGRAM_ATTACKS = {
         while True: pass
     """,
     "output without end": "while True: print(3)",
-    "a thread that stays": "import threading as t, time\nprint(3)\nt.Thread(target=time.sleep, args=[60]).start()",
+    "a thread that stays": "import threading, time\nthreading.Thread(target=time.sleep, args=[60]).start()",
     "a fork that answers": "import os\nprint(3 if os.fork() else 3)",
 }  # fmt: skip
 

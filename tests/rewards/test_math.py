@@ -116,9 +116,19 @@ def test_identical_strings_need_no_judge(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(reward._pool, "judge", lambda pairs: asked.extend(pairs) or [True] * len(pairs))
     pairs = [("odd $ thing", r"\boxed{ odd $ thing }"), ("1", r"\boxed{2}"), ("1", r"\boxed{2}"), ("1", "1")]
     assert judge(reward, pairs) == [1.0, 1.0, 1.0, 0.0]
-    assert asked == [("1", "2")]  # and equal pairs only one
+    assert asked == [[("1", "2")]]  # and equal pairs only one
     assert judge(reward, [("1", "\\boxed{" + "1+0" * 500 + "}")]) == [0.0]
     assert len(asked) == 1  # too long to be an answer
+
+
+def test_parts_of_an_answer_that_hang_cost_its_time_once():
+    reward = MathReward(timeout_seconds=1.0, num_workers=1)
+    assert judge(reward, [("5", r"\boxed{4+1}")]) == [1.0]
+    started = time.monotonic()
+    tower = " = ".join(f"9^{{9^{{9^{{{n}}}}}}}" for n in range(9, 40))
+    assert judge(reward, [("5", f"\\boxed{{5 = {tower}}}")]) == [0.0]
+    assert time.monotonic() - started < 5  # 31 parts, of which each would take for ever
+    reward.close()
 
 
 def test_an_answer_that_hangs_costs_itself_only():
@@ -156,12 +166,37 @@ def test_impossible_settings_are_refused(settings: dict, message: str):
 
 
 @pytest.mark.parametrize("name", ["MATH500.json", "gsm8k_test.json"])
-def test_every_ground_truth_equals_itself_written_otherwise(shared: Path, reward: MathReward, name: str):
+def test_every_ground_truth_equals_itself(shared: Path, reward: MathReward, name: str):
     rows = json.loads((shared / "data" / name).read_text())
-    golds = [str(row["ground_truth_answer"]) for row in rows[:300]]
-    # Not the identical string, so each is a question for the judge.
-    rewards = judge(reward, [(gold, f"\\boxed{{$ {gold} $}}") for gold in golds])
+    golds = [str(row["ground_truth_answer"]) for row in rows]
+    completions = [f"So it is \\[\\boxed{{ {gold}. }}\\]" for gold in golds]
+    rewards = judge(reward, list(zip(golds, completions, strict=True)))
     assert [gold for gold, equal in zip(golds, rewards, strict=True) if not equal] == []
+    # The text is the same: that the judge reads every one of them, it must be asked for.
+    different = list(dict.fromkeys(golds))
+    verdicts = reward._pool.judge([[(gold, gold)] for gold in different])
+    assert [gold for gold, equal in zip(different, verdicts, strict=True) if not equal] == []
+
+
+def table() -> list[tuple[str, str, str]]:
+    lines = Path(__file__).with_name("math_answers.tsv").read_text(encoding="utf-8").splitlines()
+    rows = [tuple(line.split("\t")) for line in lines if not line.startswith("#")]
+    assert {len(row) for row in rows} == {3}
+    return rows
+
+
+def test_the_table_of_answers(reward: MathReward):
+    rows = table()
+    rewards = judge(reward, [(gold, f"\\boxed{{{answer}}}") for gold, answer, _ in rows])
+    wrong = [row for row, equal in zip(rows, rewards, strict=True) if (row[2] == "equal") != bool(equal)]
+    assert wrong == []
+    assert len(rows) >= 300
+    assert {row[2] for row in rows} == {"equal", "unequal"}
+
+
+def test_the_table_is_of_real_answers(shared: Path):
+    golds = {row["ground_truth_answer"] for row in json.loads((shared / "data" / "MATH500.json").read_text())}
+    assert len({gold for gold, _, _ in table()} & golds) >= 80
 
 
 def test_neighbouring_ground_truths_differ(shared: Path, reward: MathReward):
