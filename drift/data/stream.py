@@ -193,7 +193,7 @@ def fitting_rows(
         demonstration_length: also look at the demonstrations, which must fit into this length.
 
     Raises:
-        ConfigError: where a prompt, a demonstration or the tests of an answer cannot be used, or none is left.
+        ConfigError: where a prompt, a demonstration or the tests of an answer cannot be used, or none fits.
     """
     usable = []
     for number, row in enumerate(rows):
