@@ -2,17 +2,22 @@
 
 from drift.tasks.base import Task
 from drift.tasks.code import CodeTask
+from drift.tasks.code_benchmarks import HumanEvalTask, MbppTask
 from drift.tasks.countdown import CountdownTask
-from drift.tasks.math import MathTask
+from drift.tasks.math import BoxedMathTask, Gsm8kTask, MathTask
 from drift.tasks.procedural import ProceduralTask
 from drift.tasks.scoring import ExtraReward, judge, part_names, score
 from drift.tasks.sudoku import SudokuTask
 
 __all__ = [
+    "BoxedMathTask",
     "CodeTask",
     "CountdownTask",
     "ExtraReward",
+    "Gsm8kTask",
+    "HumanEvalTask",
     "MathTask",
+    "MbppTask",
     "ProceduralTask",
     "SudokuTask",
     "Task",

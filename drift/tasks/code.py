@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drift.contract import ConfigError, Problem
 from drift.rewards import CodeReward
 from drift.rewards.code_tests import split_tests
-from drift.tasks.base import Task
+from drift.tasks.base import Task, is_text
 
 _FUNCTION_INSTRUCTION = (
     "Place your code within a single Python code block ```python ```. Write nothing after it."
@@ -18,6 +19,9 @@ _STDIO_INSTRUCTION = (
     "Write a Python program that reads its input from standard input and prints its output. "
     "Place it within a single Python code block ```python ```. Write nothing after it."
 )
+# What stands in an inner function does not leave the loop around it.
+_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
+_LOOPS = (ast.For, ast.AsyncFor, ast.While)
 
 
 class CodeTask(Task):
@@ -54,9 +58,10 @@ class CodeTask(Task):
         """The problem of a row; its answer is the text of its tests.
 
         Raises:
-            ConfigError: the row has no usable question or tests.
+            ConfigError: the row has no question, or no tests that an answer could pass or fail.
         """
-        self.check(row, "a row")
+        self.require_fields(row)
+        row = self.with_tests(row)
         function = row["test_method"] == "function"
         parts = (row["question"].rstrip("\n"), self.instructions[row["test_method"]])
         return Problem(
@@ -68,59 +73,73 @@ class CodeTask(Task):
 
     def own_text(self, row: Mapping[str, Any]) -> str:
         """The question without the instruction."""
-        return row["question"]
+        return self.with_tests(row)["question"]
 
-    def check(self, row: Mapping[str, Any], where: str) -> None:
-        """Returns nothing if the row has a question and tests that an answer could pass or fail.
-
-        Args:
-            row: the row to check.
-            where: the row in words.
+    def with_tests(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A row in the form described above, known to be good.
 
         Raises:
-            ConfigError: a field is missing or cannot be used.
+            ConfigError: a field cannot be used.
         """
-        super().check(row, where)
         limit = row["test_time_limit"]
-        _require(_is_text(row["question"]), row, where, "question", "a text")
-        _require(
-            row["test_method"] in [*self.instructions], row, where, "test_method", "'function' or 'stdio'"
-        )
+        self.require(is_text(row["question"]), row, "question", "a text")
+        self.require(row["test_method"] in [*self.instructions], row, "test_method", "'function' or 'stdio'")
         good = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit < math.inf
-        _require(good, row, where, "test_time_limit", "a number of seconds greater than 0")
-        (_check_function if row["test_method"] == "function" else _check_stdio)(row, where)
+        self.require(good, row, "test_time_limit", "a number of seconds greater than 0")
+        if row["test_method"] == "function":
+            tests = row.get("test_list")
+            good = isinstance(tests, list | tuple) and all(map(is_text, tests)) and bool(tests)
+            self.require(good, row, "test_list", "a list of test sources, at least one")
+            self.require(isinstance(row.get("prefix") or "", str), row, "prefix", "a text, or absent")
+            require_tests(row["test_list"], row.get("prefix") or "", "test_list")
+        else:
+            self._require_outputs(row)
+        return row
+
+    def _require_outputs(self, row: Mapping[str, Any]) -> None:
+        for name in ("test_input", "test_output"):
+            texts = row.get(name)
+            good = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+            self.require(good and bool(texts), row, name, "a list of texts, at least one")
+        num = len(row["test_input"])
+        same = len(row["test_output"]) == num
+        self.require(same, row, "test_output", f"as long as test_input, which has {num} texts")
 
 
-def _check_function(row: Mapping[str, Any], where: str) -> None:
-    tests = row.get("test_list")
-    good = isinstance(tests, list | tuple) and all(_is_text(test) for test in tests) and bool(tests)
-    _require(good, row, where, "test_list", "a list of test sources, at least one")
-    _require(isinstance(row.get("prefix") or "", str), row, where, "prefix", "a text, or absent")
+def require_tests(sources: Sequence[str], prefix: str, name: str) -> None:
+    """Returns nothing if an answer can pass or fail the tests, and they come to an end.
+
+    Args:
+        sources: test code, see `CodeReward`.
+        prefix: what the answer starts with.
+        name: the field they are from.
+
+    Raises:
+        ConfigError: a source is no Python code, asserts nothing, or holds a loop without an end.
+    """
     try:
-        split_tests(row["test_list"], row.get("prefix") or "")
+        split_tests(sources, prefix)
     except ValueError as error:
-        raise ConfigError(f"{where}: field 'test_list' cannot be used: {error}; correct the data") from error
+        raise ConfigError(f"field {name!r} cannot be used: {error}; correct the data") from error
+    for number, source in enumerate(sources):
+        for loop in ast.walk(ast.parse(source)):
+            if isinstance(loop, ast.While) and _is_endless(loop):
+                raise ConfigError(
+                    f"field {name!r} cannot be used: the loop in line {loop.lineno} of test {number} never "
+                    "ends; correct the data"
+                )
 
 
-def _check_stdio(row: Mapping[str, Any], where: str) -> None:
-    for name in ("test_input", "test_output"):
-        texts = row.get(name)
-        good = (
-            isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts) and bool(texts)
-        )
-        _require(good, row, where, name, "a list of texts, at least one")
-    same = len(row["test_input"]) == len(row["test_output"])
-    _require(
-        same, row, where, "test_output", f"as long as test_input, which has {len(row['test_input'])} texts"
-    )
+def _is_endless(loop: ast.While) -> bool:
+    """Whether the condition is a constant and nothing in the body leaves the loop."""
+    always = isinstance(loop.test, ast.Constant) and bool(loop.test.value)
+    return always and not any(_exits(statement, inner=False) for statement in loop.body)
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _require(good: bool, row: Mapping[str, Any], where: str, name: str, kind: str) -> None:
-    if not good:
-        found = repr(row.get(name))
-        shown = found if len(found) <= 100 else found[:100] + "..."
-        raise ConfigError(f"{where}: field {name!r} is {shown}; it must be {kind}: correct the data")
+def _exits(node: ast.AST, inner: bool) -> bool:
+    if isinstance(node, _SCOPES):
+        return False
+    if isinstance(node, ast.Return | ast.Raise) or (isinstance(node, ast.Break) and not inner):
+        return True
+    inner = inner or isinstance(node, _LOOPS)
+    return any(_exits(child, inner) for child in ast.iter_child_nodes(node))

@@ -1,4 +1,4 @@
-"""Mathematical questions with a short final answer, such as MATH and GSM8K."""
+"""Mathematical questions with a short final answer, such as MATH, GSM8K and AMC."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from drift.contract import ConfigError, Problem
-from drift.rewards import MathReward
-from drift.tasks.base import Task
+from drift.rewards import MathReward, extract_boxed
+from drift.tasks.base import Task, is_text
 
 _INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
+_GSM8K_MARK = "####"
 
 
 class MathTask(Task):
     r"""Questions whose final answer the policy puts into \boxed{}.
+
+    A number that is whole is written as one: 142.0 becomes 142 (the hub's AMC rows hold floats).
 
     Args:
         question_field: column of the question.
@@ -48,38 +51,100 @@ class MathTask(Task):
         Raises:
             ConfigError: the row has no usable question or answer.
         """
-        self.check(row, "a row")
-        prompt = "\n".join(part for part in (row[self.question_field], self.instruction) if part)
-        return Problem(prompt=prompt, answer=str(row[self.answer_field]).strip(), row=dict(row))
+        self.require_fields(row)
+        question = row[self.question_field]
+        self.require(is_text(question), row, self.question_field, "a text")
+        prompt = "\n".join(part for part in (question, self.instruction) if part)
+        return Problem(prompt=prompt, answer=self.answer(row), row=dict(row))
 
     def own_text(self, row: Mapping[str, Any]) -> str:
         """The question without the instruction."""
         return row[self.question_field]
 
-    def check(self, row: Mapping[str, Any], where: str) -> None:
-        """Returns nothing if the row has a question and an answer that can be judged.
-
-        Args:
-            row: the row to check.
-            where: the row in words.
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """The ground truth of a row.
 
         Raises:
-            ConfigError: a field is missing, or is no text or number that says something.
+            ConfigError: its field holds no text or number that says something.
         """
-        super().check(row, where)
-        question, answer = row[self.question_field], row[self.answer_field]
-        if not isinstance(question, str) or not question.strip():
-            raise ConfigError(f"{where}: field {self.question_field!r} is {question!r}; {_fix('a text')}")
-        if not _is_answer(answer):
-            fix = _fix("a text or a number")
-            raise ConfigError(f"{where}: field {self.answer_field!r} is {answer!r}; {fix}")
+        value = row[self.answer_field]
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        self.require(is_text(value) or number, row, self.answer_field, "a text or a number")
+        return str(value).strip()
 
 
-def _fix(kind: str) -> str:
-    return f"it must be {kind}: correct the data or name another field in data.task"
+class Gsm8kTask(MathTask):
+    r"""GSM8K as the hub has it (openai/gsm8k): the final answer stands behind the last "####" of a solution.
+
+    Args:
+        question_field: column of the question.
+        answer_field: column of the solution.
+        instruction: line added below the question; empty for none.
+        reward: judge of the answers; None for `MathReward` with its defaults.
+
+    Raises:
+        ConfigError: both fields are the same.
+    """
+
+    def __init__(
+        self,
+        question_field: str = "question",
+        answer_field: str = "answer",
+        instruction: str = _INSTRUCTION,
+        reward: MathReward | None = None,
+    ) -> None:
+        super().__init__(question_field, answer_field, instruction, reward)
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """The number behind the mark, without thousands separators.
+
+        Raises:
+            ConfigError: there is no mark, or no number behind it.
+        """
+        _, mark, text = str(row[self.answer_field]).rpartition(_GSM8K_MARK)
+        answer = text.strip().replace(",", "")
+        good = bool(mark) and _is_number(answer)
+        self.require(good, row, self.answer_field, f"a solution that ends in '{_GSM8K_MARK}' and a number")
+        return answer
 
 
-def _is_answer(value: object) -> bool:
-    if isinstance(value, str):
-        return bool(value.strip())
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+class BoxedMathTask(MathTask):
+    r"""MATH as the hub has it: the final answer stands in the last \boxed{} of a worked solution.
+
+    Args:
+        question_field: column of the question.
+        answer_field: column of the solution.
+        instruction: line added below the question; empty for none.
+        reward: judge of the answers; None for `MathReward` with its defaults.
+
+    Raises:
+        ConfigError: both fields are the same.
+    """
+
+    def __init__(
+        self,
+        question_field: str = "problem",
+        answer_field: str = "solution",
+        instruction: str = _INSTRUCTION,
+        reward: MathReward | None = None,
+    ) -> None:
+        super().__init__(question_field, answer_field, instruction, reward)
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        r"""What stands in the box.
+
+        Raises:
+            ConfigError: there is no \boxed{}, or nothing in it.
+        """
+        answer = (extract_boxed(str(row[self.answer_field])) or "").strip()
+        self.require(bool(answer), row, self.answer_field, r"a solution with its answer in \boxed{}")
+        return answer
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -5,7 +5,7 @@ import pytest
 
 from drift.contract import ConfigError
 from drift.rewards import MathReward
-from drift.tasks import MathTask
+from drift.tasks import BoxedMathTask, Gsm8kTask, MathTask
 
 
 def test_the_problem_of_a_row():
@@ -19,7 +19,10 @@ def test_the_problem_of_a_row():
     assert task.own_text(row) == "What is 1+1?"
 
 
-@pytest.mark.parametrize(("answer", "text"), [(2, "2"), (0, "0"), (2.5, "2.5"), ("\\frac12", "\\frac12")])
+@pytest.mark.parametrize(
+    ("answer", "text"),
+    [(2, "2"), (0, "0"), (2.5, "2.5"), (142.0, "142"), (-3.0, "-3"), (1e3, "1000"), ("\\frac12", "\\frac12")],
+)
 def test_answers_become_text(answer: object, text: str):
     row = {"question": "?", "ground_truth_answer": answer}
     assert MathTask().problem(row).answer == text
@@ -61,6 +64,43 @@ def test_the_reward_can_be_given():
     reward = MathReward(timeout_seconds=1.0, num_workers=3)
     assert MathTask(reward=reward).reward is reward
     assert MathTask().reward.timeout_seconds == 5.0
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("He eats 3 #### and 4.\n#### 7", "7"),
+        ("It costs $2,125.\n#### 2,125", "2125"),
+        ("#### -1,000,000 ", "-1000000"),
+        ("#### 0.5", "0.5"),
+    ],
+)
+def test_gsm8k_has_its_answer_behind_the_mark(solution: str, answer: str):
+    assert Gsm8kTask().problem({"question": "?", "answer": solution}).answer == answer
+
+
+@pytest.mark.parametrize("solution", ["7", "#### ", "####", "#### seven", "#### 7 apples", "#### nan", 7, []])
+def test_gsm8k_without_a_number_behind_the_mark_is_refused(solution: object):
+    with pytest.raises(ConfigError, match=r"^row 7: field 'answer' is .* ends in '####' and a number"):
+        Gsm8kTask().check({"question": "?", "answer": solution}, "row 7")
+
+
+def test_math_has_its_answer_in_the_last_box():
+    row = {"problem": "?", "level": "Level 1", "solution": "$\\boxed{3}$, no, $\\boxed{\\frac{1}{2}}$."}
+    assert BoxedMathTask().problem(row).answer == "\\frac{1}{2}"
+    for solution in ("3", "\\boxed{}", "\\boxed{ }", "\\boxed{3", 3):
+        with pytest.raises(ConfigError, match=r"^row 7: field 'solution' is .* its answer in \\boxed{}"):
+            BoxedMathTask().check({**row, "solution": solution}, "row 7")
+
+
+def test_amc_rows_of_the_hub():
+    """AI-MO/aimo-validation-amc holds floats, math-ai/amc23 texts."""
+    amc = MathTask(question_field="problem", answer_field="answer")
+    floats = amc.problem({"id": 0, "problem": "?", "answer": 142.0, "url": ""})
+    texts = MathTask(answer_field="answer").problem({"id": 0, "question": "?", "answer": "27.0"})
+    assert (floats.answer, texts.answer) == ("142", "27.0")
+    assert amc.reward(["\\boxed{142}", "\\boxed{27}"], [floats, texts]).tolist() == [1.0, 1.0]
+    amc.reward.close()
 
 
 @pytest.mark.parametrize("name", ["MATH500.json", "gsm8k_test.json", "MATH_train.json"])
