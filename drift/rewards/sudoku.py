@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import isqrt
 
 from drift.contract import ConfigError, Problem
 from drift.rewards.base import PerSampleReward
 
 BLANK = "."
+DIGITS = "123456789"
 
 
 class SudokuReward(PerSampleReward):
@@ -27,8 +29,6 @@ class SudokuReward(PerSampleReward):
         if size not in (4, 9):
             raise ConfigError(f"size={size!r} of SudokuReward is not possible: use 4 or 9")
         self.size = size
-        self._digits = frozenset("123456789"[:size])
-        self._units = _units(size)
 
     def score(self, completion: str, problem: Problem) -> float:
         """1.0 or 0.0.
@@ -42,16 +42,32 @@ class SudokuReward(PerSampleReward):
                 f"puzzle {puzzle!r} has {len(puzzle)} cells, size={self.size} of SudokuReward needs "
                 f"{self.size**2}: correct the data or the size"
             )
-        grid = "".join(completion.split())
-        if len(grid) != len(puzzle):
-            return 0.0
-        keeps_givens = all(given in (BLANK, digit) for given, digit in zip(puzzle, grid, strict=True))
-        # A unit has as many cells as there are digits, so "holds every digit" is "holds every digit once".
-        fills_units = all({grid[cell] for cell in unit} == self._digits for unit in self._units)
-        return float(keeps_givens and fills_units)
+        return float(solves("".join(completion.split()), puzzle, self.size))
 
 
-def _units(size: int) -> list[list[int]]:
+def solves(grid: str, puzzle: str, size: int) -> bool:
+    """Whether a grid obeys every rule and keeps every given of a puzzle.
+
+    Args:
+        grid: what may be a solution, row by row.
+        puzzle: size * size cells, row by row: digits, and BLANK.
+        size: digits of a row, 4 or 9.
+    """
+    if len(grid) != len(puzzle):
+        return False
+    keeps_givens = all(given in (BLANK, digit) for given, digit in zip(puzzle, grid, strict=True))
+    digits = set(DIGITS[:size])
+    # A unit has as many cells as there are digits, so "holds every digit" is "holds every digit once".
+    return keeps_givens and all({grid[cell] for cell in unit} == digits for unit in units(size))
+
+
+@cache
+def units(size: int) -> list[list[int]]:
+    """The cells of each row, column and box, by number.
+
+    Args:
+        size: digits of a row, a square number.
+    """
     box = isqrt(size)
     rows = [[row * size + column for column in range(size)] for row in range(size)]
     columns = [[row * size + column for row in range(size)] for column in range(size)]

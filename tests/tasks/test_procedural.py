@@ -45,6 +45,7 @@ def test_splits_share_the_whole_space_without_overlap():
     [
         (SudokuTask, {}, 1000),
         (SudokuTask, {"blanks": (12, 12)}, 100),
+        (SudokuTask, {"size": 9}, 20),
         (CountdownTask, {}, 1000),
         (CountdownTask, {"num_numbers": 2}, 1000),
     ],
