@@ -6,6 +6,7 @@ import ast
 import operator
 import re
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 
 from drift.contract import Problem
@@ -34,12 +35,23 @@ class CountdownReward(PerSampleReward):
         target = problem.row["target"]
         if equals and stated != str(target):
             return 0.0
-        if not _ALLOWED.fullmatch(expression) or not _uses_only(expression, problem.row["numbers"]):
-            return 0.0
-        return float(_value(expression) == target)
+        return float(reaches(expression, problem.row["numbers"], target))
 
 
-def _uses_only(expression: str, numbers: list[int]) -> bool:
+def reaches(expression: str, numbers: Sequence[int], target: int) -> bool:
+    """Whether an expression makes the target from the numbers, each used at most as often as it is given.
+
+    Args:
+        expression: numbers, + - * / and parentheses; anything may be in it.
+        numbers: positive integers.
+        target: what its exact value must be.
+    """
+    if len(expression) > _MAX_CHARACTERS or not _ALLOWED.fullmatch(expression):
+        return False
+    return _uses_only(expression, numbers) and _value(expression) == target
+
+
+def _uses_only(expression: str, numbers: Sequence[int]) -> bool:
     return Counter(int(digits) for digits in re.findall("[0-9]+", expression)) <= Counter(numbers)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from drift.contract import ConfigError, Problem
 from drift.rewards import CountdownReward
+from drift.rewards.countdown import reaches
 from drift.tasks.procedural import ProceduralTask
 
 _PROMPT = (
@@ -21,7 +22,8 @@ _MAX_DRAWS = 10_000
 class CountdownTask(ProceduralTask):
     """Numbers and a target that some expression with all of them reaches through positive integers only.
 
-    The target is never one of the numbers, and the order of the numbers does not make another puzzle.
+    The target is never one of the numbers, and the order of the numbers does not make another puzzle. Rows
+    may also come from a file with `numbers` and `target`, and perhaps `solution`.
 
     Args:
         num_numbers: numbers given, 2 to 6.
@@ -34,7 +36,7 @@ class CountdownTask(ProceduralTask):
         ConfigError: an argument is out of its range.
     """
 
-    fields = ("numbers", "target", "solution")
+    fields = ("numbers", "target")
 
     def __init__(
         self,
@@ -60,11 +62,22 @@ class CountdownTask(ProceduralTask):
         self.reward = CountdownReward()
 
     def problem(self, row: Mapping[str, Any]) -> Problem:
-        """The problem of reaching a row's target."""
-        numbers = ", ".join(map(str, row["numbers"]))
+        """The problem of reaching a row's target.
+
+        Raises:
+            ConfigError: its numbers are no integers, or its solution does not reach its target.
+        """
+        self.require_fields(row)
+        numbers, target, solution = row["numbers"], row["target"], row.get("solution")
+        good = isinstance(numbers, list | tuple) and bool(numbers) and all(map(_is_positive, numbers))
+        self.require(good, row, "numbers", "a list of integers greater than 0")
+        self.require(_is_positive(target), row, "target", "an integer greater than 0")
+        good = solution is None or (isinstance(solution, str) and reaches(solution, numbers, target))
+        self.require(good, row, "solution", f"an expression of {list(numbers)} that makes {target}")
         # Not str.format: other braces of a prompt, such as those of LaTeX, are text.
-        prompt = self.prompt.replace("{numbers}", numbers).replace("{target}", str(row["target"]))
-        return Problem(prompt=prompt, answer=row["solution"], demonstration=row["solution"], row=dict(row))
+        listed = ", ".join(map(str, numbers))
+        prompt = self.prompt.replace("{numbers}", listed).replace("{target}", str(target))
+        return Problem(prompt=prompt, answer=solution or "", demonstration=solution, row=dict(row))
 
     def generate(self, rng: Random) -> dict[str, Any]:
         """A row with random numbers and the value of a random expression of them."""
@@ -78,6 +91,10 @@ class CountdownTask(ProceduralTask):
     def canonical(self, row: dict[str, Any]) -> str:
         """The sorted numbers and the target."""
         return f"{sorted(row['numbers'])}={row['target']}"
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _random_expression(rng: Random, numbers: list[int]) -> tuple[int, str]:

@@ -52,6 +52,34 @@ def test_the_order_of_the_numbers_is_no_other_puzzle():
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"numbers": []}, r"field 'numbers' is \[\]; it must be a list of integers greater than 0"),
+        ({"numbers": [3, 0, 5]}, r"field 'numbers' is \[3, 0, 5\]"),
+        ({"numbers": [3, 4.0, 5]}, r"field 'numbers' is \[3, 4.0, 5\]"),
+        ({"numbers": [True, 4, 5]}, "field 'numbers' is"),
+        ({"numbers": "3, 4, 5"}, "field 'numbers' is '3, 4, 5'"),
+        ({"target": "35"}, "field 'target' is '35'; it must be an integer greater than 0"),
+        ({"target": -35}, "field 'target' is -35"),
+        ({"target": None}, "has no field 'target'; it is null there"),
+        (
+            {"solution": "3+4*5"},
+            r"field 'solution' is '3\+4\*5'; it must be an expression of \[3, 4, 5\] that makes 35",
+        ),
+        ({"solution": "35"}, "field 'solution' is '35'"),
+        ({"solution": "(3+4)*5 = 35"}, "field 'solution' is"),
+        ({"solution": 35}, "field 'solution' is 35"),
+    ],
+)
+def test_bad_rows_are_refused(change: dict, message: str):
+    row = {"numbers": [3, 4, 5], "target": 35, "solution": "(3+4)*5"}
+    CountdownTask().check(row, "row 7")
+    CountdownTask().check({**row, "solution": None}, "row 7")
+    with pytest.raises(ConfigError, match=f"^row 7(: | ){message}"):
+        CountdownTask().check({**row, **change}, "row 7")
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"num_numbers": 1}, "num_numbers=1 "),
