@@ -6,6 +6,7 @@ from drift.rewards.countdown import CountdownReward
 from drift.rewards.format import FormatReward
 from drift.rewards.length import LengthReward
 from drift.rewards.math import MathReward, extract_boxed
+from drift.rewards.reasoning_gym import ReasoningGymReward
 from drift.rewards.sudoku import SudokuReward
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "LengthReward",
     "MathReward",
     "PerSampleReward",
+    "ReasoningGymReward",
     "Reward",
     "SudokuReward",
     "extract_boxed",

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import LifoQueue
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from drift.contract import ConfigError
 from drift.rewards.math_form import Question
 
+Q = TypeVar("Q")
+R = TypeVar("R")
+
 JUDGE_COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("math_judge.py")))
+_ADVICE = f"Install math-verify for {sys.executable} (pip install math-verify)"
 _STARTUP_SECONDS = 120.0  # importing sympy from a cold network disk
 _MAX_QUESTIONS = 5000  # the symbolic libraries keep caches: a fresh process now and then keeps memory flat
 
@@ -29,11 +33,15 @@ class JudgeProcess:
     Args:
         timeout_seconds: limit of one answer, > 0; starting the process does not count.
         command: program that speaks the protocol of math_judge.py.
+        advice: what to do where it cannot start, in words.
     """
 
-    def __init__(self, timeout_seconds: float, command: Sequence[str] = JUDGE_COMMAND) -> None:
+    def __init__(
+        self, timeout_seconds: float, command: Sequence[str] = JUDGE_COMMAND, advice: str = _ADVICE
+    ) -> None:
         self.timeout_seconds = timeout_seconds
         self.command = list(command)
+        self.advice = advice
         self._process: subprocess.Popen[bytes] | None = None
         self._num_questions = 0
 
@@ -46,17 +54,29 @@ class JudgeProcess:
         Raises:
             ConfigError: the judge cannot be started.
         """
-        if self._num_questions >= _MAX_QUESTIONS:
-            self.kill()
-        process = self._running() or self._start()
+        process = self._ready()
         deadline = time.monotonic() + self.timeout_seconds
-        return all(self._ask(process, *question, deadline - time.monotonic()) for question in questions)
+        return all(self._equal(process, *question, deadline - time.monotonic()) for question in questions)
 
-    def _ask(self, process: subprocess.Popen[bytes], gold: str, answer: str, seconds: float) -> bool:
-        if seconds <= 0:
-            return False
-        self._num_questions += 1
+    def exchange(self, question: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The reply to a question of any form; None where the judge hangs or crashes.
+
+        Raises:
+            ConfigError: the judge cannot be started.
+        """
+        return self._exchange(self._ready(), question, self.timeout_seconds)
+
+    def _equal(self, process: subprocess.Popen[bytes], gold: str, answer: str, seconds: float) -> bool:
         question = {"gold": gold, "answer": answer, "timeout_seconds": seconds}
+        reply = self._exchange(process, question, seconds)
+        return reply is not None and reply["equal"]
+
+    def _exchange(
+        self, process: subprocess.Popen[bytes], question: Mapping[str, Any], seconds: float
+    ) -> dict[str, Any] | None:
+        if seconds <= 0:
+            return None
+        self._num_questions += 1
         stdin, _ = _pipes(process)
         try:
             stdin.write(json.dumps(question).encode() + b"\n")
@@ -67,8 +87,7 @@ class JudgeProcess:
             reply = _read_message(process, seconds)
         if reply is None:
             self.kill()
-            return False
-        return reply["equal"]
+        return reply
 
     def kill(self) -> None:
         """Ends the process, if there is one; the next question starts another."""
@@ -82,6 +101,11 @@ class JudgeProcess:
                 pipe.close()
             except OSError:
                 continue  # a question that was never read is still in the buffer
+
+    def _ready(self) -> subprocess.Popen[bytes]:
+        if self._num_questions >= _MAX_QUESTIONS:
+            self.kill()
+        return self._running() or self._start()
 
     def _running(self) -> subprocess.Popen[bytes] | None:
         process = self._process
@@ -98,8 +122,8 @@ class JudgeProcess:
             self.kill()
             command = " ".join(self.command)
             raise ConfigError(
-                f"the math judge cannot start: {greeting['error']}. Install math-verify for {sys.executable} "
-                f"(pip install math-verify); to see the whole error run: {command}"
+                f"a judge cannot start: {greeting['error']}. {self.advice}; to see the whole error run: "
+                f"{command}"
             )
         return process
 
@@ -111,12 +135,17 @@ class JudgePool:
         num_workers: judges, >= 1; a judge that is never needed is never started.
         timeout_seconds: limit of one answer, > 0.
         command: program that speaks the protocol of math_judge.py.
+        advice: what to do where it cannot start, in words.
     """
 
     def __init__(
-        self, num_workers: int, timeout_seconds: float, command: Sequence[str] = JUDGE_COMMAND
+        self,
+        num_workers: int,
+        timeout_seconds: float,
+        command: Sequence[str] = JUDGE_COMMAND,
+        advice: str = _ADVICE,
     ) -> None:
-        self._workers = [JudgeProcess(timeout_seconds, command) for _ in range(num_workers)]
+        self._workers = [JudgeProcess(timeout_seconds, command, advice) for _ in range(num_workers)]
         # Last in, first out: a running judge before a new one.
         self._idle: LifoQueue[JudgeProcess] = LifoQueue()
         for worker in self._workers:
@@ -129,21 +158,32 @@ class JudgePool:
         Raises:
             ConfigError: a judge cannot be started.
         """
-        if not answers:
-            return []
-        with ThreadPoolExecutor(min(len(self._workers), len(answers))) as threads:
-            return list(threads.map(self._ask_idle, answers))
+        return self._share(answers, lambda worker, questions: worker.ask(questions))
+
+    def exchange(self, questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+        """The reply to each question; None where the judge hangs or crashes.
+
+        Raises:
+            ConfigError: a judge cannot be started.
+        """
+        return self._share(questions, lambda worker, question: worker.exchange(question))
 
     def close(self) -> None:
         """Ends all judges; the next batch starts them again."""
         _kill_all(self._workers)
 
-    def _ask_idle(self, questions: Sequence[Question]) -> bool:
-        worker = self._idle.get()
-        try:
-            return worker.ask(questions)
-        finally:
-            self._idle.put(worker)
+    def _share(self, questions: Sequence[Q], ask: Callable[[JudgeProcess, Q], R]) -> list[R]:
+        def ask_idle(question: Q) -> R:
+            worker = self._idle.get()
+            try:
+                return ask(worker, question)
+            finally:
+                self._idle.put(worker)
+
+        if not questions:
+            return []
+        with ThreadPoolExecutor(min(len(self._workers), len(questions))) as threads:
+            return list(threads.map(ask_idle, questions))
 
 
 def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:

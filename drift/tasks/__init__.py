@@ -6,6 +6,7 @@ from drift.tasks.code_benchmarks import HumanEvalTask, MbppTask
 from drift.tasks.countdown import CountdownTask
 from drift.tasks.math import BoxedMathTask, Gsm8kTask, MathTask
 from drift.tasks.procedural import ProceduralTask
+from drift.tasks.reasoning_gym import ReasoningGymTask
 from drift.tasks.scoring import ExtraReward, judge, part_names, score
 from drift.tasks.sudoku import SudokuTask
 
@@ -19,6 +20,7 @@ __all__ = [
     "MathTask",
     "MbppTask",
     "ProceduralTask",
+    "ReasoningGymTask",
     "SudokuTask",
     "Task",
     "judge",
