@@ -182,3 +182,56 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return Trainer(max_steps=max_steps, **quiet | settings)
 
     return make
+
+
+@pytest.fixture
+def fake_gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package reasoning_gym of a few generators that misbehave on demand, for this and other processes."""
+    package = tmp_path / "site" / "reasoning_gym"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE_GYM)
+    (package / "factory.py").write_text("from reasoning_gym import DATASETS\n")
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.syspath_prepend(package.parent)
+
+
+FAKE_GYM = '''
+import os, time
+
+class Sums:
+    """Asks for number + 1. What an answer is worth is in the answer."""
+    def __init__(self, seed=0, size=500, own=1, nonsense=None, listed=False):
+        self.seed, self.own, self.nonsense, self.listed = seed, own, nonsense, listed
+    def __getitem__(self, place):
+        if self.listed and place:
+            raise IndexError(place)
+        number = self.seed + place
+        if number == 13:
+            raise ValueError("unlucky")
+        if number == 14:
+            os._exit(1)
+        print("talk that must not be taken for an answer")
+        order = "".join({"a", "b", "c", "d", "e", "f"})
+        return {"question": f"{number}+1 {order}", "answer": str(number + 1), "metadata": {"tries": []}}
+    def score_answer(self, answer, entry):
+        entry["metadata"]["tries"].append(answer)
+        assert len(entry["metadata"]["tries"]) == 1
+        if answer == entry["answer"]:
+            return self.own
+        if self.nonsense:
+            return self.nonsense
+        if answer.startswith("worth "):
+            return float(answer[6:])
+        if answer.startswith("hang"):
+            while True: pass
+        if answer == "crash":
+            os._exit(1)
+        if answer == "raise":
+            raise KeyError
+        return 0.5 * bool(eval(answer))
+
+DATASETS = {"sums": Sums}
+
+def create_dataset(name, **settings):
+    return DATASETS[name](**settings)
+'''

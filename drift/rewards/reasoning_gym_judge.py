@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import math
 import os
 import resource
 import signal
@@ -91,7 +92,7 @@ class Generator:
             return 0.0
         finally:
             self._judging = False
-        return min(score, 1.0) if score > 0 else 0.0
+        return min(score, 1.0) if 0 < score < math.inf else 0.0
 
     def require_sound(self) -> None:
         """Raises ValueError where the verifier refuses the generator's own answers, or pays for nonsense."""

@@ -49,6 +49,7 @@ class ReasoningGymTask(ProceduralTask):
         num_workers: int = 2,
     ) -> None:
         super().__init__(seed)
+        self.name = name
         self.instruction = instruction
         self.tag = tag
         self.reward = self._verifier = ReasoningGymReward(name, settings, tag, timeout_seconds, num_workers)
@@ -81,7 +82,7 @@ class ReasoningGymTask(ProceduralTask):
             if made is not None:
                 return {**made, "number": number}
         raise ConfigError(
-            f"generator {self._verifier.name!r} of reasoning-gym gave up {_MAX_DRAWS} times in a row: "
+            f"generator {self.name!r} of reasoning-gym gave up {_MAX_DRAWS} times in a row: "
             "choose other settings of data.task"
         )
 
