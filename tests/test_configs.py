@@ -27,7 +27,28 @@ PAPER = [f"{family}_{task}" for family in ("llada", "dream") for task in ("math"
 RECIPES = {"quickstart": "fit", "sudoku_base": "sft"} | {
     f"{name}{lora}": "fit" for name in PAPER for lora in ("", "_lora")
 }
-NAMES = ["base", "evaluate", "predict", *RECIPES, *(f"sampler/{name}" for name in SAMPLERS)]
+# The recipe that each is put behind, and the hub datasets it trains and tests on; None: it draws its rows.
+TASKS = {
+    "amc": ("llada_math", {"test": "AI-MO/aimo-validation-amc"}),
+    "countdown3": ("quickstart", None),
+    "countdown4": ("quickstart", None),
+    "gsm8k": ("llada_math", dict.fromkeys(["train", "validation", "test"], "openai/gsm8k")),
+    "humaneval": ("llada_code", {"test": "openai/openai_humaneval"}),
+    "math500": (
+        "llada_math",
+        {
+            "train": "DigitalLearningGmbH/MATH-lighteval",
+            "validation": "HuggingFaceH4/MATH-500",
+            "test": "HuggingFaceH4/MATH-500",
+        },
+    ),
+    "mbpp": ("llada_code", dict.fromkeys(["train", "validation", "test"], "google-research-datasets/mbpp")),
+    "reasoning_gym": ("llada_math", None),
+    "sudoku4": ("llada_math", None),
+    "sudoku9": ("llada_math", None),
+}
+NAMES = ["base", "evaluate", "predict", *RECIPES]
+NAMES += [f"sampler/{name}" for name in SAMPLERS] + [f"task/{name}" for name in TASKS]
 
 
 class Stop(Exception):
@@ -56,7 +77,7 @@ def instantiate(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_config_is_known_here():
     assert {file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in FILES} == set(NAMES)
-    assert len(FILES) == 19
+    assert len(FILES) == 29
     assert set(shipped_configs()) == set(NAMES)
 
 
@@ -86,6 +107,33 @@ def test_every_sampler_config_is_an_overlay(instantiate, name: str):
     assert isinstance(sampler, TimestepSampler)
     assert type(sampler).__name__ == expected["class_path"].rpartition(".")[2]
     assert all(getattr(sampler, key) == value for key, value in expected.get("init_args", {}).items())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_config_is_an_overlay(instantiate, name: str):
+    recipe, datasets = TASKS[name]
+    require_sandbox("code" if recipe == "llada_code" else "")
+    if name == "reasoning_gym":
+        pytest.importorskip("reasoning_gym", reason="needs reasoning-gym (the extra 'reasoning')")
+    cli = instantiate("fit", f"--config={recipe}", f"--config=task/{name}")
+    data = cli.datamodule
+    expected = yaml.safe_load((ROOT / "configs" / "task" / f"{name}.yaml").read_text())["data"]["task"]
+    assert type(data.task).__name__ == expected["class_path"].rpartition(".")[2]
+    settings = {
+        key: tuple(v) if isinstance(v, list) else v for key, v in expected.get("init_args", {}).items()
+    }
+    assert {key: getattr(data.task, key) for key in settings} == settings
+    given = cli.config["fit"]["data"]
+    splits = ("train", "validation", "test")
+    if datasets is None:
+        assert [given[split] for split in splits] == [None] * 3
+        (row,) = data.task.rows("validation", 1)
+        problem = data.task.problem(row)
+        assert data.task.reward([problem.demonstration, "no"], [problem] * 2).tolist() == [1.0, 0.0]
+    else:
+        assert {split: given[split]["path"] for split in datasets} == datasets
+        assert all(given[split]["path"].startswith("data/") for split in splits if split not in datasets)
+    data.task.reward.close()
 
 
 def test_every_sampler_has_a_config():
