@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drift.commands import run
-from drift.contract import Rollout
+from drift.contract import ConfigError, Rollout
 from drift.models import LLaDA, LLaDAConfig, load_policy
 from drift.models.characters import character_tokenizer
 
@@ -49,16 +49,20 @@ def test_make_commands_exist():
             assert re.search(rf"^{line.split()[1]}:", targets, re.MULTILINE), line
 
 
+def task_of_the_readme() -> str:
+    return next(block for block in blocks("python") if "DoublingTask" in block)
+
+
 @pytest.fixture
 def playground(tmp_path, monkeypatch):
     """A folder with what a user's own files would be."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "my_overlay.yaml").write_text("model:\n  optimizer:\n    lr: 2.0e-4\n", encoding="utf-8")
-    (tmp_path / "my_package.py").write_text(
-        "from drift.samplers import UniformSampler\n\n\nclass MySampler(UniformSampler):\n    pass\n",
-        encoding="utf-8",
-    )
+    sampler = "from drift.samplers import UniformSampler\n\n\nclass MySampler(UniformSampler):\n    pass\n"
+    (tmp_path / "my_package.py").write_text(f"{task_of_the_readme()}\n\n{sampler}", encoding="utf-8")
+    numbers = [{"number": number} for number in range(8)]
+    (tmp_path / "numbers.json").write_text(json.dumps(numbers), encoding="utf-8")
     return tmp_path
 
 
@@ -136,6 +140,20 @@ def test_python_of_the_readme_is_the_quickstart(playground, capsys):
     assert all(torch.equal(value, ours[name]) for name, value in checkpoint["state_dict"].items())
     base = load_policy("sudoku_base").state_dict()
     assert any(not torch.equal(value, ours[f"policy.{name}"]) for name, value in base.items())
+
+
+def test_task_of_the_readme_is_short_and_judges():
+    source = task_of_the_readme()
+    assert len(source.splitlines()) < 20
+    names: dict[str, Any] = {}
+    exec(source, names)
+    task = names["DoublingTask"]()
+    problem = task.problem({"number": 21})
+    assert problem.prompt == "Box 2 * 21: \\boxed{}"
+    assert task.reward(["\\boxed{42}", "\\boxed{21}"], [problem, problem]).tolist() == [1.0, 0.0]
+    task.reward.close()
+    with pytest.raises(ConfigError, match=r"^row 7: field 'number' is 'two'; it must be an integer"):
+        task.check({"number": "two"}, "row 7")
 
 
 def test_sampler_of_the_readme_plans():
