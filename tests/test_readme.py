@@ -87,8 +87,10 @@ def test_quickstart_commands_run_in_their_order(playground, capsys):
 
 
 def test_commands_for_large_policies_run_on_a_tiny_one(playground, capsys):
-    rows = [{"question": f"What is {i} + 1?", "ground_truth_answer": str(i + 1)} for i in range(4)]
-    for name in ("MATH_train.json", "MATH500.json"):
+    for name, step in (("MATH_train.json", 1), ("MATH500.json", 2)):
+        rows = [
+            {"question": f"What is {i} + {step}?", "ground_truth_answer": str(i + step)} for i in range(4)
+        ]
         (playground / name).write_text(json.dumps(rows), encoding="utf-8")
     config = LLaDAConfig(
         d_model=32,

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from datasets import IterableDataset as StreamingDataset
 
 from drift.contract import ConfigError
-from drift.data.sources import Source, load_rows
+from drift.data.sources import Source, load_all_rows
 from drift.data.template import PromptTemplate
 from drift.fingerprint import describe, digest
 from drift.tasks import ProceduralTask, Task
@@ -109,8 +108,7 @@ class EvaluationSource:
         """
         if self.source is None:
             return procedural(self.task, self.key).rows(split, self.num)
-        rows = load_rows(self.source, self.task, self.key)
-        return Dataset.from_list(list(rows)) if isinstance(rows, StreamingDataset) else rows
+        return load_all_rows(self.source, self.task, self.key)
 
 
 def procedural(task: Task, key: str) -> ProceduralTask:

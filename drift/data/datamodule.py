@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -210,21 +210,19 @@ class PromptDataModule(LightningDataModule):
         for task in {id(task): task for task in (self.task, *tasks)}.values():
             task.reward.close()
 
-    def load_sets(self, split: str, *, needed: bool = True, made: bool = True) -> list[EvaluationSet]:
+    def load_sets(self, split: str, *, needed: bool = True) -> list[EvaluationSet]:
         """The evaluation sets of a split, with every row looked at: none may stop a run after hours.
 
         Args:
             split: "validation" or "test".
             needed: False: none, where nothing is set and the task makes no rows.
-            made: False: without the sets whose rows a task makes.
 
         Raises:
             ConfigError: where rows cannot be read, or a row cannot be used.
         """
         found = []
         for source in self.evaluation_sources[split]:
-            makes_rows = isinstance(source.task, ProceduralTask)
-            if source.source is None and not (made if makes_rows else needed):
+            if not needed and source.source is None and not isinstance(source.task, ProceduralTask):
                 continue
             rows = source.load(split)
             if isinstance(rows, Dataset):
@@ -249,31 +247,48 @@ class PromptDataModule(LightningDataModule):
             return ProceduralRows(task)
         rows, where = load_rows(source, self.task, "data.train"), f"data.train ({source.path})"
         if isinstance(rows, StreamingDataset):
+            rows = self.guard.watch(rows, self.task, where, self._run_folder)
             if self.long_prompts == "drop":
                 rows = rows.filter(self._is_short)
-            rows = self.guard.watch(rows, self.task, where, self._run_folder)
             # Before they are shuffled: that reads thousands of them.
             self._first = list(islice(rows, _NUM_EXAMPLES))
             return StreamedRows(rows.shuffle(seed=self.seed, buffer_size=10_000) if self.shuffle else rows)
-        checked = self._checked(rows, self.task, where, self.demonstration_length)
-        clean = self.guard.check(checked, self.task, where, self._run_folder)
-        return ShuffledRows(clean, self.seed, self.shuffle)
+        left_out = self.guard.check(rows, self.task, where, self._run_folder)
+        checked = self._checked(rows, self.task, where, self.demonstration_length, left_out)
+        return ShuffledRows(checked, self.seed, self.shuffle)
 
     def _judged_by(self) -> list[EvaluationRows]:
-        """What training rows must not hold: the sets of validation, and of the test that is to follow."""
-        # Where the task makes the training rows, those that it makes to be judged by are apart from them.
+        """What training rows must not hold: validation, and the test that is to follow."""
+        sources = [(split, found) for split, sets in self.evaluation_sources.items() for found in sets]
+        # Puzzles that a task makes for evaluation are apart from those that it makes for training.
         made = self.train_source is not None
-        sets = [*self.evaluation_sets["validation"], *self.load_sets("test", needed=False, made=made)]
-        return [(s.where, s.rows, s.task) for s in sets if made or isinstance(s.rows, Dataset)]
+        return [
+            (found.where, found.load(split), found.task)
+            for split, found in sources
+            if found.source is not None or (made and isinstance(found.task, ProceduralTask))
+        ]
 
     def _run_folder(self) -> Path | None:
         """The run's folder, for which all ranks must ask together; None without a trainer."""
         return None if self.trainer is None else Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
-    def _checked(self, rows: Dataset, task: Task, where: str, demonstration_length: int | None = None) -> Any:
+    def _checked(
+        self,
+        rows: Dataset,
+        task: Task,
+        where: str,
+        demonstration_length: int | None = None,
+        skip: Container[int] = (),
+    ) -> Dataset:
         drop = self.long_prompts == "drop"
         return fitting_rows(
-            rows, task, self.template, where, drop_long=drop, demonstration_length=demonstration_length
+            rows,
+            task,
+            self.template,
+            where,
+            drop_long=drop,
+            demonstration_length=demonstration_length,
+            skip=skip,
         )
 
     def _is_short(self, row: Mapping[str, Any]) -> bool:

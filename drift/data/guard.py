@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
@@ -34,8 +34,8 @@ class Hit:
     """A training row with an evaluation prompt in it: a line of contamination.jsonl."""
 
     evaluation: str  # the evaluation set
-    row: int  # its row, counted over those that are evaluated
-    train_row: int  # counted over the rows that can be trained on
+    row: int  # its row, counted without those that `skip_unusable` leaves out
+    train_row: int  # counted in the same way
     kind: Kind
     overlap: float  # share of the evaluation prompt's 8-grams that the training prompt holds; 1 where equal
     prompt: str  # without what the task adds to every prompt
@@ -94,8 +94,11 @@ class ContaminationGuard:
         """Takes the evaluation sets that training rows are to be compared with, instead of earlier ones."""
         self._sets = [found for found in sets if len(found[1])]
         self._indices = [
-            PromptIndex([_fingerprint(row, task) for row in rows], self.threshold)
-            for _, rows, task in self._sets
+            PromptIndex(
+                [_fingerprint(row, task, f"{where} row {number}") for number, row in enumerate(rows)],
+                self.threshold,
+            )
+            for where, rows, task in self._sets
         ]
 
     def hold_out(self, task: ProceduralTask) -> None:
@@ -110,8 +113,8 @@ class ContaminationGuard:
                 task.hold_out(rows)
                 rank_zero_info(f"{where}: its {len(rows)} puzzles are held out of training")
 
-    def check(self, rows: Dataset, task: Task, where: str, run_folder: Callable[[], Path | None]) -> Any:
-        """The rows to train on, all of which have been compared; what was found is printed and written.
+    def check(self, rows: Dataset, task: Task, where: str, run_folder: Callable[[], Path | None]) -> Set[int]:
+        """The numbers of the rows that are not to be trained on; what was found is printed and written.
 
         Args:
             rows: the training rows.
@@ -125,8 +128,8 @@ class ContaminationGuard:
                 left, or where ranks read different rows.
         """
         if not self._sets:
-            return rows
-        hits = [hit for number, row in enumerate(rows) for hit in self._hits(cast("Row", row), number, task)]
+            return set()
+        hits = [hit for number, row in enumerate(rows) for hit in self._hits(row, number, task, where)]
         digest = blake2b(repr(hits).encode()).hexdigest()
         if len(set(gather_over_ranks(digest))) > 1:
             raise ConfigError(f"{where}: the ranks read different rows; give all of them the same files")
@@ -135,19 +138,19 @@ class ContaminationGuard:
         if rank() == 0:
             self._show(hits, where)
         if not hits:
-            return rows
+            return set()
         contaminated = {hit.train_row for hit in hits}
         share = f"{len(contaminated)} of {len(rows)} training rows"
         what = f"{where} holds evaluation prompts: {'; '.join(self._counts(hits))}{listed}"
         if self.allow:
             rank_zero_warn(f"{what}. data.allow_contamination is true: all {share} are trained on")
-            return rows
+            return set()
         if not self.drop:
             raise ConfigError(f"{what}. {_fix(share)}")
         if len(contaminated) == len(rows):
             raise ConfigError(f"{what}. data.drop_contaminated leaves no training row: use other data")
         rank_zero_info(f"{what}. data.drop_contaminated is true: {share} are left out")
-        return rows.select([number for number in range(len(rows)) if number not in contaminated])
+        return contaminated
 
     def watch(
         self, rows: StreamingDataset, task: Task, where: str, run_folder: Callable[[], Path | None]
@@ -168,7 +171,7 @@ class ContaminationGuard:
 
         def passes(row: Row, number: int) -> bool:
             """Whether a row is to be trained on."""
-            hits = self._hits(row, number, task)
+            hits = self._hits(row, number, task, where)
             if not hits:
                 return True
             if number not in self._stream_hits:  # rows come again in every epoch
@@ -191,8 +194,8 @@ class ContaminationGuard:
             rank_zero_info(f"{self._watched}: {num} of the rows that were read hold evaluation prompts{done}")
         self._watched = ""
 
-    def _hits(self, row: Row, number: int, task: Task) -> list[Hit]:
-        prompt = _fingerprint(row, task)
+    def _hits(self, row: Any, number: int, task: Task, where: str) -> list[Hit]:
+        prompt = _fingerprint(row, task, f"{where} row {number}")
         return [
             Hit(
                 where,
@@ -230,9 +233,13 @@ class ContaminationGuard:
         sys.stdout.flush()
 
 
-def _fingerprint(row: Row, task: Task) -> Fingerprint:
+def _fingerprint(row: Any, task: Task, where: str) -> Fingerprint:
+    try:
+        text = task.own_text(row)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     # Two puzzles that differ in one cell share most n-grams, and are two puzzles.
-    return fingerprint(task.own_text(row), exact_only=isinstance(task, ProceduralTask))
+    return fingerprint(text, exact_only=isinstance(task, ProceduralTask))
 
 
 def _line(hit: Hit) -> str:

@@ -69,6 +69,12 @@ def load_rows(source: Source, task: Task, key: str) -> datasets.Dataset | datase
     return rows if source.limit is None else rows.take(source.limit)
 
 
+def load_all_rows(source: Source, task: Task, key: str) -> datasets.Dataset:
+    """The rows of a source, read to the end where it streams; arguments and errors as of `load_rows`."""
+    rows = load_rows(source, task, key)
+    return datasets.Dataset.from_list(list(rows)) if isinstance(rows, datasets.IterableDataset) else rows
+
+
 def _usable_rows(rows: datasets.Dataset, source: Source, task: Task, key: str, name: str) -> list[int]:
     """The rows to keep, by number."""
     usable: list[int] = []

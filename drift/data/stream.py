@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any, Protocol, cast
 
@@ -181,6 +181,7 @@ def fitting_rows(
     *,
     drop_long: bool = False,
     demonstration_length: int | None = None,
+    skip: Container[int] = (),
 ) -> Dataset:
     """The rows whose prompts fit, all looked at now: one that doesn't must not stop a run after hours.
 
@@ -191,12 +192,15 @@ def fitting_rows(
         where: the dataset in words, for error messages.
         drop_long: leave out prompts longer than the template's `max_length`, and don't raise.
         demonstration_length: also look at the demonstrations, which must fit into this length.
+        skip: numbers of rows to leave out.
 
     Raises:
-        ConfigError: where a prompt, a demonstration or the tests of an answer cannot be used, or none fits.
+        ConfigError: where a prompt or demonstration cannot be used, or none is left.
     """
     usable = []
     for number, row in enumerate(rows):
+        if number in skip:
+            continue
         problem, name = task.problem(cast("Row", row)), f"{where} row {number}"
         if drop_long and template.num_tokens(problem) > template.max_length:
             continue
@@ -209,8 +213,6 @@ def fitting_rows(
             f"{where}: none of the rows has a prompt of at most data.max_prompt_length "
             f"({template.max_length}) tokens; raise it"
         )
-    for number, reason in task.reward.vet(task.problem(cast("Row", row)) for row in rows):
-        raise ConfigError(f"{where} row {number}: {reason}; correct the data, or drop the row")
     return rows.select(usable)
 
 

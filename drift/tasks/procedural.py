@@ -46,8 +46,18 @@ class ProceduralTask(Task):
         """The puzzle in a form that is the same for rows which are the same puzzle to a solver."""
 
     def own_text(self, row: Mapping[str, Any]) -> str:
-        """The puzzle's canonical form."""
-        return self.canonical(dict(row))
+        """The puzzle's canonical form.
+
+        Raises:
+            ConfigError: the row holds no puzzle.
+        """
+        try:
+            return self.canonical(dict(row))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ConfigError(
+                f"no puzzle of {type(self).__name__} can be made of the row ({reason}); correct the data"
+            ) from error
 
     def hold_out(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keeps puzzles that were not made here, such as those of a test file, out of the training split.

@@ -52,7 +52,7 @@ class Trainer:
         self.max_steps = max_steps
         self.lightning_module = type("Module", (), {"num_updates": num_updates})()
         self.log_dir = None
-        self.default_root_dir = "must not be written to"
+        self.default_root_dir = "/dev/null"  # nothing may be written
 
 
 def training_prompts(prompts: PromptDataModule, num: int, **settings) -> list[list[str]]:
@@ -166,7 +166,7 @@ def test_drop_drops_long_prompts(tiny_folder: Path, write, streaming: bool):
     prompts = data(
         tiny_folder,
         train=write(LONG, streaming=streaming),
-        validation=write(questions("much too long", "other")),
+        validation=write(questions("far too long", "other")),
         max_prompt_length=6,
         long_prompts="drop",
         prompts_per_step=2,

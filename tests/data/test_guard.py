@@ -307,6 +307,17 @@ def test_made_test_puzzles_are_looked_for_in_a_training_file(prompts, tmp_path: 
         data.setup("fit")
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_row_without_a_puzzle_is_named(prompts, tmp_path: Path, split: str):
+    source = sudoku_file(tmp_path, [SudokuTask().row(split, 0) | {"puzzle": 12}])
+    with pytest.raises(ConfigError) as caught:
+        prompts(task=SudokuTask(), **{split: source}).setup("fit")
+    assert str(caught.value) == (
+        f"data.{split} ({source.path}) row 0: no puzzle of SudokuTask can be made of the row "
+        "(AttributeError: 'int' object has no attribute 'replace'); correct the data"
+    )
+
+
 def test_sets_of_other_tasks_are_not_held_out(prompts):
     data = prompts(task=SudokuTask())
     data.guard.compare_with([("data.test (numbers)", CountdownTask().rows("test", 3), CountdownTask())])
