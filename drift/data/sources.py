@@ -28,7 +28,8 @@ class Source:
         name: the hub dataset's configuration; None for its default. Not for local files.
         streaming: read rows when they are needed instead of all at the start.
         limit: keep the first so many rows, >= 1; None for all.
-        skip_unusable: leave out rows that the task refuses, such as one without an answer, and don't raise.
+        skip_unusable: leave out rows that the task or its reward refuses, such as one without an answer, and
+            don't raise.
     """
 
     path: str
@@ -94,7 +95,24 @@ def _usable_rows(rows: datasets.Dataset, source: Source, task: Task, key: str, n
             break
     if refused and not usable:
         raise refused
-    return usable
+    return _judgeable_rows(rows, usable, source, task, f"{key} ({name}, row {{}})")
+
+
+def _judgeable_rows(
+    rows: datasets.Dataset, usable: list[int], source: Source, task: Task, where: str
+) -> list[int]:
+    """Those of the usable rows whose answers the task's reward can judge."""
+    problems = (task.problem(cast("Mapping[str, Any]", rows[number])) for number in usable)
+    refused: dict[int, str] = {}
+    for i, reason in task.reward.vet(problems):
+        refused[usable[i]] = f"{where.format(usable[i])}: {reason}"
+        if not source.skip_unusable:
+            break
+    if refused and (not source.skip_unusable or len(refused) == len(usable)):
+        raise ConfigError(
+            f"{next(iter(refused.values()))}; correct the data, or leave out such rows by skip_unusable"
+        )
+    return [number for number in usable if number not in refused]
 
 
 def _is_usable(row: Mapping[str, Any], task: Task) -> bool:

@@ -229,11 +229,11 @@ def test_tests_that_never_end_stop_before_training(tiny_folder: Path, write, bwr
     }
     good, endless = (
         write([row]),
-        write([row, {**row, "test_list": [*row["test_list"], "while 1: f\nassert f"]}]),
+        write([row, {**row, "test_list": [*row["test_list"], "for _ in iter(int, 1): f\nassert f"]}]),
     )
     task = CodeTask(reward=CodeReward(timeout_seconds=0.5))
     sources = {"train": good, "validation": good, split: endless}
-    message = rf"data\.{split} \(.*\) row 1: field 'test_list' cannot be used: it does not end within 0\.5 s"
+    message = rf"data\.{split} \(.*, row 1\): field 'test_list' cannot be used: it does not end within 0\.5 s"
     prompts = data(tiny_folder, task=task, **sources)
     prompts.trainer = Trainer()
     with pytest.raises(ConfigError, match=message):

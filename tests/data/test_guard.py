@@ -284,8 +284,9 @@ def test_made_puzzles_are_neither_compared_nor_printed(prompts, capsys):
 
 def test_puzzles_of_a_test_file_are_held_out_of_those_made_for_training(prompts, tmp_path: Path, caplog):
     rows = [SudokuTask().row("train", index) for index in (0, 2)]
-    renamed = {"puzzle": rows[0]["puzzle"].translate(str.maketrans("1234", "4321"))}  # to a solver the same
-    data = prompts(task=SudokuTask(), test=sudoku_file(tmp_path, [rows[0] | renamed, rows[1]]))
+    swap = str.maketrans("1234", "4321")
+    renamed = {key: value.translate(swap) for key, value in rows[0].items()}  # to a solver the same
+    data = prompts(task=SudokuTask(), test=sudoku_file(tmp_path, [renamed, rows[1]]))
     with caplog.at_level("INFO"):
         data.setup("fit")
     assert "its 2 puzzles are held out of training" in caplog.text
@@ -313,8 +314,8 @@ def test_a_row_without_a_puzzle_is_named(prompts, tmp_path: Path, split: str):
     with pytest.raises(ConfigError) as caught:
         prompts(task=SudokuTask(), **{split: source}).setup("fit")
     assert str(caught.value) == (
-        f"data.{split} ({source.path}) row 0: no puzzle of SudokuTask can be made of the row "
-        "(AttributeError: 'int' object has no attribute 'replace'); correct the data"
+        f"data.{split} (file {Path(source.path).name}, row 0): field 'puzzle' is 12; it must be 16 cells in "
+        "one text, 1234 and '.': correct the data"
     )
 
 

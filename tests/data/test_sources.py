@@ -6,7 +6,8 @@ import pytest
 
 from drift.contract import ConfigError
 from drift.data.sources import Source, load_rows
-from drift.tasks import MathTask
+from drift.rewards import CodeReward
+from drift.tasks import CodeTask, MathTask
 
 ROWS = [{"question": f"What is {n}+1?", "ground_truth_answer": str(n + 1)} for n in range(10)]
 
@@ -191,3 +192,25 @@ def test_json_that_holds_no_objects_is_refused_before_it_is_parsed(tmp_path: Pat
         ConfigError, match=r"data\.train\.path='.*a\.json' holds no objects: a JSON file holds a"
     ):
         load(str(tmp_path / "a.json"))
+
+
+def test_rows_whose_tests_never_end_are_named_or_left_out(tmp_path: Path, bwrap: None):
+    row = {
+        "question": "f",
+        "test_method": "function",
+        "test_time_limit": 1,
+        "test_list": ["assert f(1) == 1"],
+    }
+    endless = {**row, "test_list": ["assert f(1) == 1\nfor _ in iter(int, 1): pass"]}
+    path = tmp_path / "rows.jsonl"
+    # Row 0 has no question; the number that is named is that of the file all the same.
+    lines = [{**row, "question": ""}, row, endless, row]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = CodeTask(reward=CodeReward(timeout_seconds=0.5))
+    assert len(load_rows(Source(path=str(path), skip_unusable=True), task, "data.train")) == 2
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    with pytest.raises(ConfigError, match=r"data\.train \(.*, row 1\): .*does not end.*skip_unusable"):
+        load_rows(Source(path=str(path)), task, "data.train")
+    path.write_text(json.dumps(endless) + "\n")
+    with pytest.raises(ConfigError, match=r"row 0\): .*does not end"):
+        load_rows(Source(path=str(path), skip_unusable=True), task, "data.train")
