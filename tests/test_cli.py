@@ -440,6 +440,26 @@ def test_a_sample_that_stops_training_is_named(tiny: list[str], monkeypatch, tmp
     assert (tmp_path / "rescue.json").exists()
 
 
+def test_extra_rewards_are_set_by_name_and_evaluated_by_parts(tiny: list[str], tmp_path: Path, error):
+    form = "{reward: {class_path: FormatReward, init_args: {pattern: '1'}}, weight: 0.5}"
+    long = "{reward: {class_path: LengthReward, init_args: {max_length: 16, margin: 8}}}"
+    run(
+        [
+            "test",
+            *tiny,
+            f"--rollout.extra_rewards=[{form}, {long}]",
+            f"--summary.path={tmp_path / 'test.json'}",
+        ]
+    )
+    results = json.loads((tmp_path / "test.json").read_text())
+    parts = {name: results[f"reward/{name}"] for name in ("sudoku", "format", "length")}
+    expected = parts["sudoku"] + 0.5 * parts["format"] + parts["length"]
+    assert results["reward"] == pytest.approx(expected, abs=1e-6)
+    assert results["accuracy"] == parts["sudoku"]
+    message = error("fit", *tiny, f"--rollout.extra_rewards=[{form.replace('0.5', '0.0')}]")
+    assert "rollout.extra_rewards.weight is 0.0: set it to a number other than 0" in message
+
+
 def load(path: Path) -> dict:
     return torch.load(path, weights_only=True)
 
