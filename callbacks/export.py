@@ -57,11 +57,14 @@ class ExportCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder."""
-        if self.folder is None or not trainer.is_global_zero or not isinstance(pl_module, PolicyModule):
+        if self.folder is None or not isinstance(pl_module, PolicyModule):
+            return
+        weights = merged_state_dict(pl_module.policy)  # which takes all ranks
+        if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         write_folder(
-            merged_state_dict(pl_module.policy),
+            weights,
             pl_module.policy_folder,
             Path(self.folder),
             tokenizer=data.tokenizer_folder,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -66,6 +67,7 @@ class RolloutCallback(Callback):
         self.batch_size = batch_size
         self.seed = seed
         self.seconds: dict[str, float] = {}
+        self._evaluation = ExitStack()
         decode.require_fits(self.completion_length)
         evaluation.require_fits(self.evaluation_length)
         alone = GridConfig().cells(self.evaluation_length, evaluation, seed)
@@ -163,6 +165,17 @@ class RolloutCallback(Callback):
         problems = [problem for problem in batch.problems for _ in range(group_size)]
         answers = data.template.answers(rollout.completion_ids, problems)
         judge(batch, rollout, answers, task.reward, self.extra_rewards)
+
+    def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Around all batches: ranks may have different numbers of them.
+        assert isinstance(pl_module, PolicyModule)
+        self._evaluation.enter_context(pl_module.at_own_pace())
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluation.close()
+
+    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
+    on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _end
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int

@@ -16,8 +16,10 @@ from drift.distributed import (
     gather_over_ranks,
     max_over_ranks,
     rank,
+    require_agreement,
     rows_over_ranks,
     sum_over_ranks,
+    whole,
     world_size,
 )
 from drift.figures import update_figures
@@ -27,7 +29,6 @@ from drift.masking import masked_batch
 from drift.models import (
     DiffusionLM,
     LoRAConfig,
-    load_policy,
     reference_of,
     require_reference,
     resolve_folder,
@@ -61,6 +62,8 @@ class RLDFModule(PolicyModule):
             float32 (with trainer.precision bf16-mixed), or set optimizer.master_weights, or lora.
         lora: adapters to train in place of the weights, which stay as they are; None: train the weights.
         activation_checkpointing: compute the blocks again in backward: less memory, the same numbers, slower.
+        gather_for_rollout: of a sharded policy, hold all weights on every rank for a rollout or evaluation,
+            gathered once; False: gather them in every pass, block by block: less memory, slower.
 
     Raises:
         ConfigError: where a value is outside its range or there is no such policy.
@@ -79,8 +82,9 @@ class RLDFModule(PolicyModule):
         dtype: DType = "float32",
         lora: LoRAConfig | None = None,
         activation_checkpointing: bool = False,
+        gather_for_rollout: bool = True,
     ) -> None:
-        super().__init__(policy, optimizer, dtype, False, lora, activation_checkpointing)
+        super().__init__(policy, optimizer, dtype, False, lora, activation_checkpointing, gather_for_rollout)
         for key, value in (
             ("num_updates", num_updates),
             ("train_groups", 1 if train_groups is None else train_groups),
@@ -111,8 +115,8 @@ class RLDFModule(PolicyModule):
         folder = resolve_folder(self.reference_path or self.policy_folder, "model.reference")
         without_adapters = self.lora is not None and folder == self.policy_folder
         if self.loss.beta > 0 and self.reference is None and not without_adapters:
-            reference = load_policy(folder, self.weights_dtype, key="model.reference")
-            object.__setattr__(self, "reference", reference.requires_grad_(False).eval())
+            reference = self._loaded(folder, "model.reference").requires_grad_(False).eval()
+            object.__setattr__(self, "reference", self._sharded(reference))
 
     def on_fit_start(self) -> None:
         """Moves what Lightning doesn't know to the policy's device."""
@@ -126,7 +130,8 @@ class RLDFModule(PolicyModule):
         if self.learned is None or self.global_step % self.num_updates == 0:
             return
         rollout = {f.name: getattr(self.learned, f.name) for f in fields(self.learned)}
-        checkpoint[_ROLLOUT] = {"ranks": gather_over_ranks(rollout), "old": self._old_weights}
+        old = [whole(weights).cpu() for weights in self._old_weights]
+        checkpoint[_ROLLOUT] = {"ranks": gather_over_ranks(rollout), "old": old}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up the rollout at hand; on another number of ranks the next update makes a new one."""
@@ -147,11 +152,15 @@ class RLDFModule(PolicyModule):
         plan = self.sampler.plan(self._keyed(rollout, batch.update))
         noisy = masked_batch(rollout, plan, self.policy.mask_token_id, rows=self._moving(rollout))
         noisy.num_slots = max_over_ranks(noisy.num_slots, self.device)
+        parts = self._parts(noisy)
+        # Passes communicate: ranks that disagree would wait for each other for ever, or add up what differs.
+        shape = {"step": self.global_step, "update": batch.update, "rollout": rollout.step_map.shape}
+        plan_shape = {"timesteps of the plan": noisy.num_slots, "micro-batches": len(parts)}
+        require_agreement("the shape of an update", shape | plan_shape)
         old = self._old_logprobs(noisy, batch.update)
         totals = self._totals(noisy, old)
         outputs = []
         self.trained_probs = torch.zeros_like(rollout.completion_ids, dtype=torch.float32)
-        parts = self._parts(noisy)
         for number, part in enumerate(parts, start=1):
             states = noisy.select(part)
             policy = self._score(self.policy, states)

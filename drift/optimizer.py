@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from drift.contract import ConfigError, require
+from drift.distributed import whole
 
 Schedule = Literal["constant", "linear", "cosine"]
 # Of a weight of 0.02, bfloat16 keeps steps of about 1e-4.
@@ -172,5 +173,11 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, nu
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales the gradients down to `max_norm` where they are larger; gives back the norm they had, []."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+    """Scales the gradients down to `max_norm` where they are larger; gives back the norm they had, [].
+
+    Of sharded parameters it is that of all shards together.
+    """
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return whole(norm)

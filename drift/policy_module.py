@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from drift.checkpoints import require_adapters_of, require_resumable, require_weights_of
 from drift.contract import ConfigError, PromptBatch, Rollout, SampleError
+from drift.distributed import gathered, joined, shard
 from drift.evaluation import Cell, CellResult, Tally, logged
 from drift.metrics import RolloutMetrics
 from drift.models import (
@@ -29,6 +31,7 @@ from drift.models import (
     resolve_folder,
 )
 from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule, require_precise
+from drift.strategy import require_strategy
 
 DType = Literal["float32", "bfloat16"]
 _ADAPTERS = "adapters"
@@ -45,6 +48,8 @@ class PolicyModule(LightningModule):
         random_init: start from fresh weights, of the folder's config.json.
         lora: adapters to train in place of the weights, which stay as they are; None: train the weights.
         activation_checkpointing: compute the blocks again in backward: less memory, the same numbers, slower.
+        gather_for_rollout: of a sharded policy, hold all weights on every rank for a rollout or evaluation,
+            gathered once; False: gather them in every pass, block by block: less memory, slower.
     """
 
     experience: Experience | None = None
@@ -58,6 +63,7 @@ class PolicyModule(LightningModule):
         random_init: bool = False,
         lora: LoRAConfig | None = None,
         activation_checkpointing: bool = False,
+        gather_for_rollout: bool = True,
     ) -> None:
         super().__init__()
         if dtype not in get_args(DType):
@@ -80,6 +86,8 @@ class PolicyModule(LightningModule):
             # A checkpoint holds the adapters alone; `require_weights_of` sees that it holds all of them.
             self.strict_loading = False
         self.activation_checkpointing = activation_checkpointing
+        self.gather_for_rollout = gather_for_rollout
+        self._own_pace = False
         self.rollout_metrics = RolloutMetrics()
         self.cells: list[Cell] = []  # of the evaluation at hand; the rollout callback sets them
         self.tally = Tally()
@@ -88,6 +96,7 @@ class PolicyModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Checks precision, and that the tokenizer is the policy's, before its weights are loaded."""
+        require_strategy(self.trainer.strategy)
         if self.trainer.precision == "bf16-true" and self.lora is not None:
             raise ConfigError(
                 "trainer.precision is 'bf16-true': it would round the adapters of model.lora, which are "
@@ -119,13 +128,24 @@ class PolicyModule(LightningModule):
     def configure_model(self) -> None:
         """Loads the policy, once."""
         if "policy" not in self._modules:
-            policy = load_policy(self.policy_folder, self.weights_dtype, random_init=self.random_init)
+            policy = self._loaded(self.policy_folder, "model.policy")
             policy.activation_checkpointing = self.activation_checkpointing
             if self.lora is not None:
                 self._base = fingerprint(policy)
                 # The run's seed itself: whatever has been drawn since must not matter.
                 add_adapters(policy, self.lora, seed=torch.initial_seed())
-            self.policy = policy
+            self.policy = self._sharded(policy)
+
+    def _loaded(self, folder: Path, key: str) -> DiffusionLM:
+        copy, fresh = self.device_mesh is None, self.random_init
+        return load_policy(folder, self.weights_dtype, random_init=fresh, copy=copy, key=key)
+
+    def _sharded(self, policy: DiffusionLM) -> DiffusionLM:
+        """The policy, split over the ranks where the strategy does that."""
+        if self.device_mesh is not None:
+            half = torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None
+            shard(policy, policy.units, self.device_mesh["data_parallel"], half)
+        return policy
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, and its schedule, stepped once an optimizer step."""
@@ -179,10 +199,33 @@ class PolicyModule(LightningModule):
         self.policy.eval()
         try:
             # no_grad, not inference_mode: what a rollout returns takes part in training.
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context(), self.at_own_pace():
                 yield
         finally:
             self.policy.train(was_training)
+
+    @contextmanager
+    def at_own_pace(self) -> Iterator[None]:
+        """A context in which each rank makes as many passes without a gradient as it needs.
+
+        All ranks must enter and leave it together; within itself it does nothing.
+        """
+        if self.device_mesh is None or self._own_pace:
+            yield
+            return
+        ranks = gathered(self.policy)
+        if not self.gather_for_rollout:
+            ranks = joined(self.policy, self._spare_pass, self.device)
+        self._own_pace = True
+        try:
+            with torch.no_grad(), ranks:
+                yield
+        finally:
+            self._own_pace = False
+
+    def _spare_pass(self) -> None:
+        token = torch.full((1, 1), self.policy.mask_token_id, device=self.device)
+        self.policy.head(self.policy(token))
 
     def report(self, stage: str, done: int, total: int) -> None:
         """Tells the progress bar, where there is one, how far a stage of this step is."""

@@ -30,6 +30,8 @@ class SFTModule(PolicyModule):
         seed: of the masks.
         lora: adapters to train in place of the weights, which stay as they are; None: train the weights.
         activation_checkpointing: compute the blocks again in backward: less memory, the same numbers, slower.
+        gather_for_rollout: of a sharded policy, hold all weights on every rank for an evaluation,
+            gathered once; False: gather them in every pass, block by block: less memory, slower.
     """
 
     def __init__(
@@ -41,8 +43,11 @@ class SFTModule(PolicyModule):
         seed: int = 0,
         lora: LoRAConfig | None = None,
         activation_checkpointing: bool = False,
+        gather_for_rollout: bool = True,
     ) -> None:
-        super().__init__(policy, optimizer, dtype, random_init, lora, activation_checkpointing)
+        super().__init__(
+            policy, optimizer, dtype, random_init, lora, activation_checkpointing, gather_for_rollout
+        )
         self.seed = seed
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:

@@ -29,7 +29,7 @@ from drift.data.stream import (
     fitting_rows,
 )
 from drift.data.template import PromptTemplate
-from drift.distributed import rank, share_of_rank, world_size
+from drift.distributed import rank, require_agreement, share_of_rank, world_size
 from drift.models import load_tokenizer, resolve_folder
 from drift.tasks import ProceduralTask, Task
 
@@ -175,6 +175,10 @@ class PromptDataModule(LightningDataModule):
         else:
             first_set = self.evaluation_sets[split][0]
             self.examples = [first_set.task.problem(row) for row in islice(first_set.rows, _NUM_EXAMPLES)]
+        num_rows = {found.where: len(found.rows) for found in self.evaluation_sets[split]}
+        if isinstance(self._train, ShuffledRows):
+            num_rows["data.train"] = len(self._train.rows)
+        require_agreement("the number of rows of data", num_rows)
 
     def train_dataloader(self) -> Iterable[PromptBatch]:
         """The stream, from the step that training is at."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from drift.contract import ConfigError, require
+from drift.distributed import is_sharded, on_first_rank
 
 if TYPE_CHECKING:
     from drift.models.base import DiffusionLM
@@ -138,12 +139,11 @@ def reference_of(policy: DiffusionLM, copy: DiffusionLM | None) -> Iterator[Diff
 def merged_state_dict(policy: DiffusionLM) -> dict[str, Tensor]:
     """The policy's weights under the hub's names, adapters merged in; the policy itself stays as it is.
 
-    What has no adapter is the policy's own storage, as in `state_dict`.
+    What has no adapter is the policy's own storage, as in `state_dict`. Of a sharded policy all ranks must
+    ask for them; rank 0 gets them, on the CPU, and the others nothing.
     """
     state: dict[str, Tensor] = policy.state_dict()
     layers = dict(_adapted_layers(policy))
-    if not layers:
-        return state
     merged = {}
     for name, value in state.items():
         if ".lora_A." in name or ".lora_B." in name:
@@ -153,7 +153,8 @@ def merged_state_dict(policy: DiffusionLM) -> dict[str, Tensor]:
         if layer is not None and place.endswith(".weight"):
             # One rounding, of the sum.
             value = (value.float() + layer.get_delta_weight("default").float()).to(value.dtype)
-        merged[place] = value
+        # One by one, so that what has been gathered is not on the device all at once.
+        merged |= on_first_rank({place: value}) if is_sharded(policy) else {place: value}
     return merged
 
 

@@ -71,6 +71,16 @@ class DiffusionLM(PreTrainedModel):
         raise NotImplementedError
 
     @property
+    def units(self) -> list[list[nn.Module]]:
+        """The modules that are gathered together where the policy is sharded: all but the last norm.
+
+        Embedding and head are units of their own, or one where they share their weights.
+        """
+        ends: list[nn.Module] = [self.get_input_embeddings(), self.head]
+        tied = self.head.weight is self.get_input_embeddings().weight
+        return [*([ends] if tied else [[end] for end in ends]), *([block] for block in self.blocks)]
+
+    @property
     def head_width(self) -> int:
         """Width of one attention head."""
         return self.config.hidden_size // self.config.num_attention_heads

@@ -81,6 +81,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     *,
     random_init: bool = False,
+    copy: bool = True,
     key: str = "model.policy",
 ) -> DiffusionLM:
     """The policy stored in a Hugging Face folder, in train mode, chosen by config.json's model_type.
@@ -89,6 +90,7 @@ def load_policy(
         path: what `resolve_folder` takes.
         dtype: dtype of the parameters.
         random_init: fresh weights (from torch's default generator) instead of the folder's.
+        copy: False leaves weights in the files' pages, for a policy that is sharded at once.
         key: the setting that the path comes from, for error messages.
 
     Raises:
@@ -106,7 +108,7 @@ def load_policy(
     require_weights(folder, policy.config.model_type, key)
     try:
         files = weight_files(folder)
-        report = read_weights(policy, files, dtype) if files else None
+        report = read_weights(policy, files, dtype, copy=copy) if files else None
     except (
         SafetensorError,
         OSError,

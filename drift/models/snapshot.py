@@ -9,6 +9,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
+from drift.distributed import split_like, whole
+
 _PIECE = 1 << 24
 
 
@@ -23,7 +25,7 @@ def weights_of(policy: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
 
     Args:
         policy: the policy.
-        weights: what `trainable_weights` gave at another moment.
+        weights: what `trainable_weights` gave at another moment, or the whole of it.
     """
     now = trainable_weights(policy)
     try:
@@ -35,12 +37,12 @@ def weights_of(policy: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def weights_digest(policy: nn.Module) -> str:
-    """A short name for all weights of a policy, to the last bit: 16 hexadecimal digits."""
+    """A short name for all weights of a policy, to the last bit: 16 hexadecimal digits. All ranks must ask."""
     found = blake2b(digest_size=8)
     for name, parameter in policy.named_parameters():
         found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         # In pieces: the copy of a whole embedding would be large.
-        for piece in parameter.detach().flatten().split(_PIECE):
+        for piece in whole(parameter.detach()).flatten().split(_PIECE):
             found.update(piece.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
@@ -52,4 +54,4 @@ def _overwrite(policy: nn.Module, weights: Sequence[Tensor]) -> None:
     # Autocast keeps the low-precision copies that it made of the weights so far.
     torch.clear_autocast_cache()
     for parameter, value in zip(parameters, weights, strict=True):
-        parameter.copy_(value)
+        parameter.copy_(split_like(parameter, value))

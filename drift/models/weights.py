@@ -25,7 +25,9 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def read_weights(model: nn.Module, files: list[Path], dtype: torch.dtype) -> dict[str, list[Any]]:
+def read_weights(
+    model: nn.Module, files: list[Path], dtype: torch.dtype, *, copy: bool = True
+) -> dict[str, list[Any]]:
     """Gives a model made on the meta device its parameters, and says what did not fit.
 
     Nothing is read where something does not fit.
@@ -34,6 +36,8 @@ def read_weights(model: nn.Module, files: list[Path], dtype: torch.dtype) -> dic
         model: on the meta device; parameters that it has under several names are one afterwards, too.
         files: safetensors files that together hold every parameter once.
         dtype: what the parameters are cast to.
+        copy: False leaves what needs no cast in the files' pages, which all processes share, until it is
+            sharded: a view of a file changes when the file does.
 
     Returns:
         `missing` and `unexpected` names, and `mismatched` (name, shape in the file, shape in the model).
@@ -63,8 +67,7 @@ def read_weights(model: nn.Module, files: list[Path], dtype: torch.dtype) -> dic
         name = next(name for name in group if name in places)
         # Opened anew for each tensor: the pages of a file that stays open count as a second copy.
         with safe_open(places[name], framework="pt") as tensors:
-            # A copy even where the dtype fits: a view of the file would change when the file does.
-            value = nn.Parameter(tensors.get_tensor(name).to(dtype, copy=True))
+            value = nn.Parameter(tensors.get_tensor(name).to(dtype, copy=copy))
         for place in group:
             owner, _, leaf = place.rpartition(".")
             setattr(model.get_submodule(owner), leaf, value)
