@@ -90,9 +90,11 @@ class SummaryCallback(Callback):
         """Prints the test results, and writes them."""
         self._report(trainer, pl_module, "test", "test")
 
-    @rank_zero_only
     def _report(self, trainer: Trainer, module: LightningModule, split: str, name: str) -> None:
         assert isinstance(module, PolicyModule)
+        weights = weights_digest(module.policy)  # of all ranks together, where they are split over them
+        if not trainer.is_global_zero:
+            return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         records = []
         for (set_number, number), result in module.results.items():
@@ -104,7 +106,7 @@ class SummaryCallback(Callback):
             "drift": __version__,
             "policy": str(module.policy_folder),
             "checkpoint": str(trainer.ckpt_path or ""),
-            "weights": weights_digest(module.policy),
+            "weights": weights,
         }
         path = Path(self.path) if self.path is not None else self.folder / f"{name}.json"
         write_results(path, policy, records)

@@ -36,6 +36,7 @@ from drift.callbacks import (
     SampleTableCallback,
     SummaryCallback,
 )
+from drift.callbacks.agreement import AgreedConfigCallback
 from drift.checkpoints import CheckedCheckpointIO, require_checkpoint_file
 from drift.contract import ConfigError, SampleError
 from drift.data import PromptDataModule
@@ -76,6 +77,7 @@ _HARMLESS = (
     r".*The dirpath has changed from",
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
     r".*no pre-optimization state was saved",
+    r".*It is recommended to use `self.log\(.*sync_dist=True",
     r".*Checkpoint directory .* exists and is not empty",
 )
 _CHATTER = ("Tip:", "TPU available", "GPU available", "`weights_only` was not set", "Seed set to")
@@ -167,6 +169,7 @@ def _start(kind: type[DriftCLI], command: str, *rest: str) -> DriftCLI:
         parser_kwargs={"prog": "drift", "allow_abbrev": False, method: _parser_settings(command)},
         seed_everything_default=0,
         auto_configure_optimizers=False,
+        save_config_callback=AgreedConfigCallback,
         save_config_kwargs={"overwrite": True},
     )
 

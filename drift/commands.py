@@ -162,6 +162,7 @@ def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
         activation_checkpointing=model.activation_checkpointing,
         lora_rank=None if lora is None else lora.rank,
         lora_targets=None if lora is None or lora.targets is None else tuple(lora.targets),
+        gather_for_rollout=model.gather_for_rollout,
         num_updates=model.num_updates,
         micro_batch_size=model.micro_batch_size,
         max_prompt_length=data.max_prompt_length,

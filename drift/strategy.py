@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -19,6 +19,16 @@ from torch import Tensor
 
 from drift.contract import ConfigError
 from drift.distributed import on_first_rank, split_like
+
+
+class _MappedCheckpointIO(TorchCheckpointIO):
+    """Reads checkpoints out of the pages of their file, which the ranks of a machine share."""
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint; its tensors are views of the file."""
+        return torch.load(path, map_location=map_location, mmap=True, weights_only=weights_only is not False)
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -33,11 +43,12 @@ class ShardedStrategy(ModelParallelStrategy):
     """
 
     def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+        self, process_group_backend: str | None = None, timeout: timedelta = timedelta(minutes=30)
     ) -> None:
         super().__init__(
             save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
         )
+        self.checkpoint_io = _MappedCheckpointIO()
 
     def setup_environment(self) -> None:
         """Starts the ranks' communication, all of them in one dimension."""

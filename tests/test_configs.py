@@ -6,6 +6,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies import DDPStrategy
 
 import drift.cli
 from drift.callbacks import RolloutCallback
@@ -18,6 +19,7 @@ from drift.rewards import CodeReward, MathReward
 from drift.rollout import DenoiseConfig
 from drift.samplers import TimestepSampler, WeightedSampler
 from drift.sft import SFTModule
+from drift.strategy import ShardedStrategy
 from drift.tasks import CodeTask, MathTask
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,8 +49,10 @@ TASKS = {
     "sudoku4": ("llada_math", None),
     "sudoku9": ("llada_math", None),
 }
+STRATEGIES = {"ddp": DDPStrategy, "fsdp": ShardedStrategy}
 NAMES = ["base", "evaluate", "predict", *RECIPES]
 NAMES += [f"sampler/{name}" for name in SAMPLERS] + [f"task/{name}" for name in TASKS]
+NAMES += [f"strategy/{name}" for name in STRATEGIES]
 
 
 class Stop(Exception):
@@ -77,7 +81,7 @@ def instantiate(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_config_is_known_here():
     assert {file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in FILES} == set(NAMES)
-    assert len(FILES) == 29
+    assert len(FILES) == 31
     assert set(shipped_configs()) == set(NAMES)
 
 
@@ -143,6 +147,16 @@ def test_every_sampler_has_a_config():
     paths = [overlay["model"]["sampler"]["class_path"] for overlay in overlays]
     classes = [name for name in drift.samplers.__all__ if name != "TimestepSampler"]
     assert sorted(paths) == sorted(f"drift.samplers.{name}" for name in classes)
+
+
+@pytest.mark.parametrize("recipe", [name for name, command in RECIPES.items() if "code" not in name])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_goes_on_top_of_every_recipe(instantiate, recipe: str, name: str):
+    cli = instantiate(
+        RECIPES[recipe], f"--config={recipe}", f"--config=strategy/{name}", "--trainer.devices=2"
+    )
+    assert type(cli.trainer.strategy) is STRATEGIES[name]
+    assert cli.trainer.world_size == 2
 
 
 @pytest.mark.parametrize(

@@ -1,137 +1,137 @@
-"""The same global batch on one process and on two gives the same rollouts, metrics and weights."""
+"""The same global batch gives the same numbers on one process and on several, however weights are held."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from drift.models import load_policy
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = """
-import json, sys
-import torch
-from lightning import Trainer, seed_everything
-from drift.callbacks import RolloutCallback
-from drift.data import PromptDataModule
-from drift.losses import LossConfig
-from drift.models import LoRAConfig
-from drift.module import RLDFModule
-from drift.optimizer import OptimizerConfig
-from drift.rollout import DenoiseConfig
-from drift.samplers import FullSampler, WeightedSampler
-from drift.tasks import SudokuTask
-
-settings = json.loads(sys.argv[1])
-sampler = FullSampler() if settings["full"] else WeightedSampler(k=2)
-seed_everything(0)
-module = RLDFModule(
-    "sudoku_base",
-    sampler=sampler,
-    loss=LossConfig(
-        beta=settings["beta"],
-        normalisation=settings["normalisation"],
-        importance_cap=settings["importance_cap"],
-    ),
-    optimizer=OptimizerConfig(lr=1e-4),
-    train_groups=settings["train_groups"],
-    micro_batch_size=settings["micro_batch_size"],
-    num_updates=settings["num_updates"],
-    lora=LoRAConfig(rank=4, alpha=8, targets=settings["lora"]) if settings["lora"] else None,
-    activation_checkpointing=bool(settings["lora"]),
-)
-data = PromptDataModule(SudokuTask(), prompts_per_step=4, num_validation=settings["num_validation"])
-decode = DenoiseConfig(
-    block_length=settings["block_length"], temperature=1.0, use_cache=settings["importance_cap"] is not None
-)
-greedy = DenoiseConfig(block_length=16)
-trainer = Trainer(
-    max_steps=2,
-    accelerator="cpu",
-    devices=settings["devices"],
-    strategy="ddp" if settings["devices"] > 1 else "auto",
-    callbacks=[RolloutCallback(group_size=4, completion_length=16, decode=decode, evaluation=greedy)],
-    val_check_interval=2,
-    check_val_every_n_epoch=None,
-    logger=False,
-    enable_checkpointing=False,
-    enable_progress_bar=False,
-    use_distributed_sampler=False,
-)
-trainer.fit(module, data)
-if trainer.is_global_zero:
-    metrics = {name: float(v) for name, v in trainer.callback_metrics.items() if "seconds" not in name}
-    torch.save({"weights": module.policy.state_dict(), "metrics": metrics}, settings["path"])
-"""
+SETTINGS = {
+    # Micro-batches of few states, so that some ranks have none in the last of them.
+    "token, full": {"beta": 0.0, "full": True, "micro_batch_size": 6},
+    "sample, several updates": {"normalisation": "sample", "num_updates": 2, "micro_batch_size": 64},
+    # The best group is on one rank only, and so is the one validation puzzle.
+    "one group, one puzzle": {"train_groups": 1, "num_validation": 1},
+    # Adapters on few of the layers, recomputed blocks, and the KL to the policy without adapters.
+    "adapters": {"num_updates": 2, "lora": ["q_proj", "ff_out"], "checkpointing": True},
+    # The mismatch of cached rollouts is weighed, and the largest of all is on one of the ranks.
+    "cached, weighed": {"micro_batch_size": 7, "importance_cap": 1.5, "block_length": 8},
+}
+LAYOUTS = {
+    "ddp 2": (2, {"strategy": "ddp"}),
+    "fsdp 2": (2, {"strategy": "fsdp"}),
+    "fsdp 4, gathered in each pass": (4, {"strategy": "fsdp", "gather": False}),
+}
+MORE = {("ddp 4", "sample, several updates"): (4, {"strategy": "ddp"})}
+MASTERS = {"strategy": "fsdp", "dtype": "bfloat16", "master_weights": True, "num_updates": 2}
 
 
-def trained(path: Path, **settings: object) -> dict[str, dict]:
+def jobs(folder: Path) -> list[dict[str, object]]:
+    """All that is run, by number of ranks: each group of processes is started once."""
+    found = []
+
+    def add(name: str, ranks: int, job: str = "train", **arguments: object) -> None:
+        found.append({"name": name, "ranks": ranks, "job": job, "arguments": arguments})
+
+    for name, settings in SETTINGS.items():
+        add(f"one process: {name}", 1, **settings)
+        for layout, (ranks, how) in LAYOUTS.items():
+            add(f"{layout}: {name}", ranks, **settings, **how)
+    for (layout, name), (ranks, how) in MORE.items():
+        add(f"{layout}: {name}", ranks, **SETTINGS[name], **how)
+    for ranks in (2, 4):
+        add(f"own pace {ranks}", ranks, "own_pace")
+    add("tied", 2, "tied")
+    add("mixed", 2, "tied", dtype="bfloat16")
+    add("masters", 2, "masters")
+    add("disagree", 4, "disagree")
+    for what in ("micro-batches", "rows"):
+        add(f"disagree on {what}", 2, "disagree_in_training", what=what)
+    # Interrupted between the two updates of a rollout, or at its end.
+    settings = SETTINGS["sample, several updates"]
+    file, halves = str(folder / "fsdp.ckpt"), str(folder / "masters.ckpt")
+    add("saved by 2", 2, **settings, strategy="fsdp", max_steps=4, save=file)
+    add("resumed by 4", 4, **settings, strategy="fsdp", resume=file)
+    add("resumed by 1", 1, **settings, resume=file)
+    add("masters whole", 2, **MASTERS)
+    add("masters saved", 2, **MASTERS, max_steps=3, save=halves)
+    add("masters resumed", 2, **MASTERS, resume=halves)
+    last = [job for job in found if job["name"] == "resumed by 1"]
+    return sorted((job for job in found if job not in last), key=lambda job: job["ranks"]) + last
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
+    """What a job found, by its name; everything is run when the first is asked for."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "jobs.json").write_text(json.dumps(jobs(folder)), encoding="utf-8")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    script = path.with_suffix(".py")
-    script.write_text(SCRIPT, encoding="utf-8")
-    call = [sys.executable, str(script), json.dumps({"path": str(path), **settings})]
-    subprocess.run(call, check=True, env=environment, cwd=path.parent, timeout=300, capture_output=True)
-    return torch.load(path, weights_only=True)
+    call = [sys.executable, str(ROOT / "tests" / "ranks.py"), str(folder)]
+    done = subprocess.run(
+        call,
+        env=environment,
+        cwd=folder,
+        timeout=600,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+    def find(name: str) -> dict:
+        file = folder / f"{name}.pt"
+        assert file.is_file(), f"the job {name!r} failed or was not reached:\n{done.stdout[-6000:]}"
+        return torch.load(file, weights_only=True)
+
+    find.log = done  # type: ignore[attr-defined]
+    return find
+
+
+def assert_same_run(found: dict, expected: dict, *, since: int = 0) -> None:
+    """Same draws bit by bit, same numbers but for the order of their sums; `since`: first step of `found`."""
+    assert len(found["steps"]) == len(expected["steps"]) - since
+    for step, (ours, theirs) in enumerate(zip(found["steps"], expected["steps"][since:], strict=True), since):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"metrics", "token_probs", "advantages"}:
+            assert torch.equal(ours[name], theirs[name]), f"{name} of step {step}"
+        for name in ("token_probs", "advantages"):
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=f"{name}, {step}")
+        for name in theirs["metrics"]:
+            # Figures of a validation are there from its first run on.
+            value = theirs["metrics"][name]
+            if since == 0 or not name.startswith("val/"):
+                assert ours["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{name}, {step}"
+    start = load_policy("sudoku_base").state_dict()
+    off = moved = torch.tensor(0.0)
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=0, atol=1e-5, msg=name)
+        off = off + (found["weights"][name] - value).square().sum()
+        moved = moved + (value - start[name]).square().sum()
+    # AdamW makes whole steps even of gradients that are nothing but rounding: few weights have such.
+    assert 0 < off.sqrt() < 0.01 * moved.sqrt()
 
 
 @pytest.mark.two_ranks
 @pytest.mark.parametrize(
-    "settings",
-    [
-        # Few of the groups of an untrained policy have spread, so a rank may be without any noisy state.
-        {"beta": 0.0, "normalisation": "token", "full": True, "micro_batch_size": 6},
-        {"beta": 0.04, "normalisation": "sample", "full": False, "micro_batch_size": 64},
-        # The best group is on one rank only, and so is the one validation puzzle.
-        {
-            "beta": 0.04,
-            "normalisation": "token",
-            "full": False,
-            "micro_batch_size": 5,
-            "train_groups": 1,
-            "num_validation": 1,
-        },
-        # Adapters on few of the layers, recomputed blocks, and the KL to the policy without adapters.
-        {
-            "beta": 0.04,
-            "normalisation": "token",
-            "full": False,
-            "micro_batch_size": 5,
-            "num_updates": 2,
-            "lora": ["q_proj", "ff_out"],
-        },
-        # The mismatch of cached rollouts is weighed, and the largest of all is on one of the ranks.
-        {
-            "beta": 0.04,
-            "normalisation": "token",
-            "full": False,
-            "micro_batch_size": 7,
-            "importance_cap": 1.5,
-            "block_length": 8,
-        },
-    ],
-    ids=[
-        "token, full, small micro-batches",
-        "sample, weighted, with KL",
-        "one group, one puzzle",
-        "adapters",
-        "cached, weighed",
-    ],
+    ("layout", "name"), [*((layout, name) for name in SETTINGS for layout in LAYOUTS), *MORE]
 )
-def test_two_processes_do_what_one_does(tmp_path, settings):
-    plain = {"train_groups": None, "num_validation": 5, "num_updates": 1, "lora": None}
-    settings = plain | {"importance_cap": None, "block_length": 16} | settings
-    one = trained(tmp_path / "one.pt", devices=1, **settings)
-    two = trained(tmp_path / "two.pt", devices=2, **settings)
-    assert one["metrics"].keys() == two["metrics"].keys()
-    assert ("mismatch/weight" in one["metrics"]) == (settings["importance_cap"] is not None)
-    assert (one["metrics"]["mismatch/max_ratio"] > 1.01) == (settings["importance_cap"] is not None)
-    for name, value in one["metrics"].items():
-        assert two["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    for name, value in one["weights"].items():
-        # float32 sums in another order, through two AdamW steps of 1e-4.
-        torch.testing.assert_close(two["weights"][name], value, rtol=0, atol=2e-6, msg=name)
+def test_several_processes_do_what_one_does(result, layout: str, name: str):
+    one, several = result(f"one process: {name}"), result(f"{layout}: {name}")
+    assert_same_run(several, one)
+    # There was something to agree on.
+    first, last = one["steps"][0], one["steps"][-1]
+    assert first["metrics"]["loss/policy"] != 0
+    assert first["rewards"].unique().numel() > 4
+    assert not torch.equal(first["completion_ids"], last["completion_ids"])
+    assert ("mismatch/weight" in last["metrics"]) == ("importance_cap" in SETTINGS[name])
+    if "full" not in SETTINGS[name]:
+        assert last["metrics"]["update/grad_norm"] > 0
 
 
 EVALUATED = """
@@ -188,53 +188,113 @@ def test_two_processes_measure_what_one_does(tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-SHARDED = """
-import copy
-import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from drift.optimizer import OptimizerConfig, build_optimizer
-
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (2,))
-
-def make():
-    torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.Linear(6, 4)).bfloat16()
-    fully_shard(module, mesh=mesh)
-    return module, build_optimizer(module, OptimizerConfig(lr=1e-5, master_weights=True))
-
-def train(module, optimizer, steps):
-    for step in steps:
-        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
-        module(x).square().sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-whole, optimizer = make()
-train(whole, optimizer, range(3))
-other, resumed = make()
-other.load_state_dict(whole.state_dict())
-set_optimizer_state_dict(other, resumed, copy.deepcopy(get_optimizer_state_dict(whole, optimizer)))
-train(whole, optimizer, range(3, 6))
-train(other, resumed, range(3, 6))
-for p, q in zip(whole.parameters(), other.parameters(), strict=True):
-    assert optimizer.state[p]["master"].to_local().numel() * 2 == p.numel()
-    assert optimizer.state[p]["master"].dtype == torch.float32
-    assert torch.equal(p.to_local(), q.to_local())
-    for name in ("master", "exp_avg", "exp_avg_sq"):
-        assert torch.equal(optimizer.state[p][name].to_local(), resumed.state[q][name].to_local()), name
-dist.destroy_process_group()
-"""
+@pytest.mark.two_ranks
+@pytest.mark.parametrize(
+    ("layout", "share"), [("ddp 2", 1), ("fsdp 2", 2), ("fsdp 4, gathered in each pass", 4)]
+)
+def test_each_rank_holds_its_share(result, layout: str, share: int):
+    whole, held = (result(f"{where}: sample, several updates")["bytes"] for where in ("one process", layout))
+    assert whole["policy"] == whole["reference"] > 0
+    for name, size in whole.items():
+        # Rows that cannot be shared evenly are on the first ranks; rank 0 is asked.
+        assert size / share <= held[name] < 1.05 * size / share, name
 
 
 @pytest.mark.two_ranks
-def test_master_weights_are_sharded_and_resumed_with_the_parameters(tmp_path):
-    script = tmp_path / "sharded.py"
-    script.write_text(SHARDED, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    call = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(call, env=environment, cwd=tmp_path, timeout=300, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_ranks_made_different_numbers_of_passes(result):
+    passes = result("fsdp 4, gathered in each pass: sample, several updates")["passes"]
+    assert any(len(set(numbers)) > 1 for numbers in passes)
+
+
+@pytest.mark.two_ranks
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_decodes_at_its_own_pace(result, ranks: int):
+    found = result(f"own pace {ranks}")
+    steps = [2 + 3 * number for number in range(ranks)]
+    for way in ("gathered", "joined"):
+        # The rollout of one process, and the weights split again afterwards.
+        assert [entry[:2] for entry in found[way]] == [(True, True)] * ranks
+        assert [entry[3] for entry in found[way]] == steps
+    # 5 units: embedding, two blocks, head, last norm.
+    assert [entry[2] for entry in found["gathered"]] == steps
+    assert all(sum(entry[4].values()) == 5 for entry in found["gathered"])
+    # Whoever is through goes along with the slowest, and not a pass further; one question before each pass.
+    assert [entry[2] for entry in found["joined"]] == [steps[-1]] * ranks
+
+
+@pytest.mark.two_ranks
+def test_a_head_that_is_the_embedding_stays_so(result):
+    found = result("tied")
+    whole, split = found["whole"], found["sharded"]
+    assert whole["tie"]
+    assert split["tie"]
+    assert whole["grads"].keys() == split["grads"].keys()
+    torch.testing.assert_close(split["losses"], whole["losses"])
+    torch.testing.assert_close(split["norm"], whole["norm"])
+    for name, gradient in whole["grads"].items():
+        torch.testing.assert_close(split["grads"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.two_ranks
+def test_passes_compute_in_half_precision_and_reduce_in_full(result):
+    found = result("mixed")
+    whole, split = found["whole"], found["sharded"]
+    assert all(gradient.dtype == torch.float32 for gradient in split["grads"].values())
+    assert split["losses"][0] != whole["losses"][0]
+    torch.testing.assert_close(split["losses"], whole["losses"], rtol=0.05, atol=0.0)
+    torch.testing.assert_close(split["norm"], whole["norm"], rtol=0.1, atol=0.0)
+
+
+@pytest.mark.two_ranks
+def test_master_weights_are_sharded_and_resumed_with_the_parameters(result):
+    found = result("masters")
+    assert found["same"]
+    assert found["sizes"] == [("torch.float32", True)]
+
+
+@pytest.mark.two_ranks
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_checkpoint_goes_on_on_another_number_of_ranks(result, ranks: int):
+    expected, resumed = result("one process: sample, several updates"), result(f"resumed by {ranks}")
+    assert_same_run(resumed, expected, since=4)
+
+
+@pytest.mark.two_ranks
+def test_an_interrupted_sharded_run_goes_on_bit_by_bit(result):
+    whole, resumed = result("masters whole"), result("masters resumed")
+    assert len(resumed["steps"]) == 2
+    for ours, theirs in zip(resumed["steps"], whole["steps"][3:], strict=True):
+        for name in ours.keys() - {"metrics"}:
+            assert torch.equal(ours[name], theirs[name]), name
+    assert all(torch.equal(resumed["weights"][name], value) for name, value in whole["weights"].items())
+    assert all(value.dtype == torch.bfloat16 for value in whole["weights"].values())
+
+
+@pytest.mark.two_ranks
+def test_what_must_agree_raises_everywhere_with_all_values(result):
+    said = result("disagree")
+    assert said["equal"] == [None] * 4
+    assert len(set(said["number"])) == 1
+    assert said["number"][0].startswith(
+        "a thing must be the same on all ranks, but is rank 0: 3; rank 1: 4; rank 2: 5; rank 3: 6; start"
+    )
+    assert "rank 0: {'lr': 0.1}; rank 1: {'lr': 0.2}" in said["settings"][3]
+    assert "seed" not in said["settings"][3].partition("; start")[0]
+
+
+@pytest.mark.two_ranks
+@pytest.mark.parametrize(
+    ("what", "words"), [("micro-batches", "the shape of an update"), ("rows", "the number of rows of data")]
+)
+def test_a_run_stops_where_ranks_disagree(result, what: str, words: str):
+    said = result(f"disagree on {what}")
+    assert len(said) == 2
+    assert said[0] == said[1]
+    assert said[0].startswith(words)
+    assert "rank 0: {" in said[0]
+    assert "rank 1: {" in said[0]
+
+
+@pytest.mark.two_ranks
+def test_all_groups_ended_well(result):
+    assert result.log.returncode == 0, result.log.stdout[-6000:]

@@ -37,7 +37,7 @@ def weights_of(policy: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
 
 @torch.no_grad()
 def weights_digest(policy: nn.Module) -> str:
-    """A short name for all weights of a policy, to the last bit: 16 hexadecimal digits. All ranks must ask."""
+    """A short name for all weights of a policy, to the last bit: 16 hex digits. All ranks must ask."""
     found = blake2b(digest_size=8)
     for name, parameter in policy.named_parameters():
         found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())

@@ -26,10 +26,12 @@ class Numbers:
         adapter = None
         if settings.lora_rank is not None:
             adapter = 2 if settings.autocast else settings.trained_bytes
+        # Sharded weights are cast as they are gathered.
+        stored = settings.gathered_bytes if settings.sharded else settings.weight_bytes
         return cls(
-            residual=settings.weight_bytes,
+            residual=stored,
             compute=settings.compute_bytes,
-            cast=settings.autocast and settings.weight_bytes == FULL,
+            cast=settings.autocast and stored == FULL,
             adapter=adapter,
         )
 
@@ -37,6 +39,8 @@ class Numbers:
     def of_reference(cls, settings: PlanSettings) -> Numbers:
         """Those of the frozen reference."""
         size = settings.reference_bytes
+        if settings.sharded:
+            size = min(size, settings.compute_bytes)
         return cls(
             residual=size,
             compute=2 if settings.autocast else size,

@@ -21,7 +21,6 @@ class Option:
     cost: str  # what it costs, in words
     weight: int  # how unwelcome it is: the smallest change has the smallest sum
     settings: PlanSettings  # with the change made
-    available: bool = True  # False: drift cannot do it yet
 
     @property
     def peak(self) -> int:
@@ -65,10 +64,9 @@ def advice(settings: PlanSettings, gpu_memory: int) -> Advice:
 
 def _smallest(settings: PlanSettings, usable: int) -> Combination | None:
     """The fewest changes that fit; of equally many the least unwelcome, with the largest batches."""
-    makers = [make for make in _OPTIONS if any(option.available for option in make(settings))]
-    for number in range(1, len(makers) + 1):
+    for number in range(1, len(_OPTIONS) + 1):
         found = []
-        for chosen in combinations(makers, number):
+        for chosen in combinations(_OPTIONS, number):
             fitting = (option for option in _together(settings, chosen) if option[1].peak <= usable)
             found += [(weight, combination) for weight, combination in fitting]
         if found:
@@ -117,11 +115,20 @@ def _half(settings: PlanSettings) -> Iterator[Option]:
 def _shards(settings: PlanSettings) -> Iterator[Option]:
     if settings.num_gpus > 1 and not settings.sharded:
         yield Option(
-            flags="--trainer.strategy ModelParallelStrategy",
-            cost=f"1/{settings.num_gpus} of the weights",
+            flags="--config strategy/fsdp",
+            cost=f"1/{settings.num_gpus} of the weights on each GPU",
             weight=300,
-            settings=replace(settings, strategy="ModelParallelStrategy"),
-            available=settings.can_shard,
+            settings=replace(settings, strategy="drift.strategy.ShardedStrategy"),
+        )
+
+
+def _gathering(settings: PlanSettings) -> Iterator[Option]:
+    if settings.sharded and settings.gather_for_rollout:
+        yield Option(
+            flags="--model.gather_for_rollout false",
+            cost="same result, each pass of a rollout gathers the weights",
+            weight=250,
+            settings=replace(settings, gather_for_rollout=False),
         )
 
 
@@ -178,6 +185,7 @@ _OPTIONS: tuple[_Maker, ...] = (
     _adapters,
     _half,
     _shards,
+    _gathering,
     _recomputation,
     _no_reference,
     _micro_batches,

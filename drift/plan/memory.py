@@ -53,7 +53,7 @@ class MemoryPlan:
     cast_update: int  # bfloat16 copies of weights that the graph of an update keeps
     cast_rollout: int  # the same during a rollout
     gathered_update: int  # whole blocks and head, where each rank has a part of the policy
-    gathered_rollout: int  # the whole policy
+    gathered_rollout: int  # the whole policy, or two blocks and what is outside them
     activations: int  # saved for backward, of one micro-batch
     head_update: int  # the chunk of logits in the backward pass
     working_update: int  # what another moment of the update needs beyond the chunk of logits
@@ -128,7 +128,7 @@ def plan_memory(settings: PlanSettings) -> MemoryPlan:
         # Copies of frozen weights do not outlive the layer they are made for.
         cast_rollout=blocks + 2 * policy.num_head * numbers.cast if numbers.adapter is None else 0,
         gathered_update=_gathered(settings),
-        gathered_rollout=settings.weight_bytes * policy.num_parameters if settings.sharded else 0,
+        gathered_rollout=_gathered_rollout(settings),
         activations=activations,
         head_update=head,
         working_update=working,
@@ -173,13 +173,27 @@ def _gathered(settings: PlanSettings) -> int:
     """What is outside the blocks; weights of two blocks, one fetched ahead; the gradient of one."""
     if not settings.sharded:
         return 0
-    policy, kept = settings.policy, settings.kept_reference
-    outside = policy.num_parameters - policy.num_blocks * policy.num_block_parameters
-    total = settings.weight_bytes * (outside + 3 * policy.num_block_parameters)
+    policy, kept, size = settings.policy, settings.kept_reference, settings.gathered_bytes
+    total = size * (_outside(policy) + 3 * policy.num_block_parameters)
+    if size < FULL:
+        # Gradients are reduced in float32.
+        total += FULL * policy.num_block_parameters
     if kept is not None:
-        outside = kept.num_parameters - kept.num_blocks * kept.num_block_parameters
-        total += settings.reference_bytes * outside
+        total += min(settings.reference_bytes, settings.compute_bytes) * _outside(kept)
     return total
+
+
+def _gathered_rollout(settings: PlanSettings) -> int:
+    if not settings.sharded:
+        return 0
+    policy = settings.policy
+    passing = _outside(policy) + 2 * policy.num_block_parameters
+    return settings.gathered_bytes * (policy.num_parameters if settings.gather_for_rollout else passing)
+
+
+def _outside(sizes: PolicySizes) -> int:
+    """Parameters of embedding, head and last norm."""
+    return sizes.num_parameters - sizes.num_blocks * sizes.num_block_parameters
 
 
 def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:

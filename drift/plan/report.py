@@ -38,8 +38,6 @@ def _head(settings: PlanSettings) -> Iterator[str]:
         spread = f"{gpus} GPUs, all weights on each ({strategy} does not shard)"
     yield f"memory plan: {_count(policy.num_parameters)} parameters, {spread}"
     yield f"sizes from {policy.source}"
-    if settings.sharded and not settings.can_shard:
-        yield "NOTE: drift cannot shard a policy yet; this is what a run would need that does"
 
 
 def _table(plan: MemoryPlan) -> Iterator[str]:
@@ -48,7 +46,7 @@ def _table(plan: MemoryPlan) -> Iterator[str]:
     states = f"{settings.micro_batch_size} states x {settings.length} positions"
     if settings.activation_checkpointing:
         states += ", the blocks' inputs only"
-    gathered = "head and blocks at work; in a rollout all"
+    gathered = "head and blocks at work" + "; in a rollout all" * settings.gather_for_rollout
     rows: list[tuple[str, tuple[int, int, int], str]] = [
         ("parameters", _always(plan.parameters), _parameters(settings)),
         ("gradients", (plan.gradients, plan.gradients, 0), trained),
@@ -90,8 +88,7 @@ def _advice(plan: MemoryPlan, found: Advice) -> Iterator[str]:
     yield f"{'each change alone':<{_FLAGS}}{'saves':>7}{'peak':>8}"
     for option in found.options:
         saved = (plan.peak - option.peak) / GIB
-        cost = option.cost if option.available else f"{option.cost}; not in drift yet"
-        yield f"  {option.flags:<{_FLAGS - 2}}{saved:>7.1f}{option.peak / GIB:>8.1f}  {cost}"
+        yield f"  {option.flags:<{_FLAGS - 2}}{saved:>7.1f}{option.peak / GIB:>8.1f}  {option.cost}"
     yield ""
     if found.smallest is None:
         yield "No combination of these fits: use a smaller policy, shorter prompts or larger GPUs."

@@ -11,8 +11,8 @@ from drift.rollout import DenoiseConfig
 
 _PRECISIONS = {"32": "32-true", "None": "32-true", "bf16": "bf16-mixed"}
 # Strategies under which every rank holds a part of the policy; under all others it holds the whole.
-_SHARDING = ("fsdp", "model_parallel", "modelparallel")
-_UNPLANNED = ("deepspeed", "offload", "xla")
+_SHARDING = "ShardedStrategy"
+_UNPLANNED = ("deepspeed", "offload", "xla", "fsdp", "model_parallel", "modelparallel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,7 @@ class PlanSettings:
         evaluation: rollout.evaluation.
         strategy: trainer.strategy, its name or its class path.
         num_gpus: ranks in all, one GPU each.
-        can_shard: whether RLDFModule splits its policy under a strategy that shards; where it does not,
-            sharding is planned and shown, but is no way out.
+        gather_for_rollout: model.gather_for_rollout; matters where the policy is sharded.
 
     Raises:
         ConfigError: where a value is outside its range, or a run with it would be refused.
@@ -71,7 +70,7 @@ class PlanSettings:
     evaluation: DenoiseConfig = DenoiseConfig()  # noqa: RUF009 - frozen
     strategy: str = "auto"
     num_gpus: int = 1
-    can_shard: bool = False
+    gather_for_rollout: bool = True
 
     def __post_init__(self) -> None:
         for key, value in (
@@ -104,7 +103,7 @@ class PlanSettings:
         if any(word in self.strategy.lower() for word in _UNPLANNED):
             raise ConfigError(
                 f"trainer.strategy is {self.strategy!r}: its memory is not planned; choose auto, ddp or "
-                "ModelParallelStrategy"
+                "--config strategy/fsdp"
             )
         if self.prompts_per_step % self.num_gpus:
             raise ConfigError(
@@ -124,7 +123,7 @@ class PlanSettings:
     @cached_property
     def sharded(self) -> bool:
         """Whether each rank holds a part of the weights only."""
-        return self.num_gpus > 1 and any(word in self.strategy.lower() for word in _SHARDING)
+        return self.num_gpus > 1 and self.strategy.endswith(_SHARDING)
 
     @cached_property
     def kept_reference(self) -> PolicySizes | None:
@@ -154,6 +153,11 @@ class PlanSettings:
     def reference_bytes(self) -> int:
         """Bytes of one of the reference's weights: it is no part of the module that the trainer converts."""
         return 2 if self.dtype == "bfloat16" else 4
+
+    @cached_property
+    def gathered_bytes(self) -> int:
+        """Bytes of one of the policy's weights where it is gathered for a pass: in what the pass computes."""
+        return min(self.weight_bytes, self.compute_bytes)
 
     @cached_property
     def trained_bytes(self) -> int:

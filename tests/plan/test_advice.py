@@ -30,9 +30,7 @@ def test_options_are_planned_again_and_ordered_by_what_they_save(known_8b: Calla
     assert plan_memory(replace(settings, activation_checkpointing=True)).peak == recomputed.peak
     small = by_name["--model.micro_batch_size 1"]
     assert plan_memory(replace(settings, micro_batch_size=1)).peak == small.peak
-    sharded = by_name["--trainer.strategy ModelParallelStrategy"]
-    assert sharded.settings.sharded
-    assert not sharded.available
+    assert by_name["--config strategy/fsdp"].settings.sharded
 
 
 def test_the_fewest_changes_win(known_8b: Callable[..., PlanSettings]):
@@ -60,13 +58,25 @@ def test_adapters_need_no_master_weights(known_8b: Callable[..., PlanSettings]):
     assert "--model.lora.rank 16 --model.optimizer.master_weights false" in options
 
 
-def test_sharding_is_a_way_out_only_where_drift_can_do_it(known_8b: Callable[..., PlanSettings]):
-    settings = known_8b(num_gpus=8)
-    assert not any("strategy" in flag for flag in flags(settings, 80))
-    assert flags(replace(settings, can_shard=True), 80) == (
-        "--trainer.strategy ModelParallelStrategy",
-        "--model.micro_batch_size 2",
+def test_sharding_is_a_way_out(known_8b: Callable[..., PlanSettings]):
+    assert flags(known_8b(num_gpus=8), 80) == ("--config strategy/fsdp",)
+
+
+def test_where_the_whole_policy_is_too_much_passes_gather_its_blocks(known_8b: Callable[..., PlanSettings]):
+    settings = known_8b(
+        num_gpus=8,
+        strategy="drift.strategy.ShardedStrategy",
+        activation_checkpointing=True,
+        micro_batch_size=1,
     )
+    options = {option.flags: option for option in advice(settings, 24 * GIB).options}
+    assert not options["--model.gather_for_rollout false"].settings.gather_for_rollout
+    # Also where it takes sharding first.
+    assert {"--config strategy/fsdp", "--model.gather_for_rollout false"} <= set(
+        flags(replace(settings, strategy="auto"), 30)
+    )
+    once = replace(settings, gather_for_rollout=False)
+    assert "--model.gather_for_rollout false" not in [o.flags for o in advice(once, 24 * GIB).options]
 
 
 def test_what_is_done_already_is_not_advised(known_8b: Callable[..., PlanSettings]):

@@ -128,18 +128,26 @@ def test_replicated_ranks_hold_everything_and_buckets(settings: PlanSettings):
 
 
 def test_sharded_ranks_hold_their_rows(settings: PlanSettings):
-    plan = plan_memory(replace(settings, num_gpus=4, strategy="fsdp", beta=0.1))
+    sharded = replace(settings, num_gpus=4, strategy="ShardedStrategy", beta=0.1)
+    plan = plan_memory(sharded)
     # All sizes are multiples of four.
     assert (plan.parameters, plan.gradients, plan.optimizer) == (NUM, NUM, 2 * NUM)
     assert (plan.reference, plan.gradient_buckets, plan.step_temporaries) == (NUM, 0, MATRICES)
     assert plan.gathered_rollout == 4 * NUM
     block, outside = 4 * 32 * 32 + 3 * 32 * 64 + 64, 2 * 48 * 32 + 32
     assert plan.gathered_update == 4 * (3 * block + 2 * outside)
+    passing = plan_memory(replace(sharded, gather_for_rollout=False))
+    assert passing.gathered_rollout == 4 * (2 * block + outside)
+    # Gathered in bfloat16, reduced in float32; nothing is cast any more.
+    mixed = plan_memory(replace(sharded, precision="bf16-mixed"))
+    assert (mixed.parameters, mixed.cast_update, mixed.cast_rollout) == (NUM, 0, 0)
+    assert mixed.gathered_rollout == 2 * NUM
+    assert mixed.gathered_update == 2 * (3 * block + 2 * outside) + 4 * block
 
 
 def test_rows_that_cannot_be_shared_evenly_are_counted_for_the_fullest_rank(make_policy):
     sizes = sizes_of(make_policy(vocab_size=50), "here")
-    plan = plan_memory(PlanSettings(policy=sizes, num_gpus=4, strategy="fsdp"))
+    plan = plan_memory(PlanSettings(policy=sizes, num_gpus=4, strategy="ShardedStrategy"))
     # 50 rows: 13 on the first rank, of embedding and head.
     assert plan.parameters == 4 * (NUM - 2 * 48 * 32) // 4 + 4 * 2 * 13 * 32
 

@@ -57,12 +57,14 @@ def test_where_nothing_helps_it_says_so(known_8b):
     assert "No combination of these fits: use a smaller policy" in text
 
 
-def test_sharding_that_drift_cannot_do_is_marked(known_8b):
+def test_sharding_is_advised_and_shown(known_8b):
     settings = known_8b(num_gpus=8)
     text = report(plan_memory(settings), 80 * GIB, advice(settings, 80 * GIB))
-    assert "--trainer.strategy ModelParallelStrategy" in text
-    assert "1/8 of the weights; not in drift yet" in text
-    sharded = replace(settings, strategy="fsdp")
-    note = "NOTE: drift cannot shard a policy yet"
-    assert note in report(plan_memory(sharded), 80 * GIB, None)
-    assert note not in report(plan_memory(replace(sharded, can_shard=True)), 80 * GIB, None)
+    assert text.endswith("  --config strategy/fsdp\n")
+    assert "1/8 of the weights on each GPU" in text
+    sharded = replace(settings, strategy="drift.strategy.ShardedStrategy")
+    text = report(plan_memory(sharded), 80 * GIB, None)
+    assert "8 GPUs, 1/8 of the weights on each" in text
+    assert "in a rollout all" in text
+    passing = plan_memory(replace(sharded, gather_for_rollout=False))
+    assert "in a rollout all" not in report(passing, 80 * GIB, None)

@@ -23,6 +23,8 @@ def settings(make_policy) -> PlanSettings:
         ({"dtype": "float16"}, "model.dtype is 'float16': choose one of"),
         ({"precision": "16-mixed"}, "trainer.precision is '16-mixed': .* choose one of"),
         ({"strategy": "deepspeed_stage_2"}, "trainer.strategy is 'deepspeed_stage_2': .* choose auto"),
+        ({"strategy": "fsdp"}, "trainer.strategy is 'fsdp': .* ddp or --config strategy/fsdp"),
+        ({"strategy": "x.ModelParallelStrategy"}, "trainer.strategy is 'x.ModelParallelStrategy': .* choose"),
         ({"num_gpus": 3}, "data.prompts_per_step is 8: it must be a multiple of the 3 GPUs"),
         ({"completion_length": 20}, "completion_length is 20, block_length is 32"),
         ({"master_weights": True}, "model.optimizer.master_weights is True: .* float32 already"),
@@ -43,11 +45,9 @@ def test_what_a_run_would_refuse_is_refused(settings: PlanSettings, changes: dic
     [
         ("auto", 8, False),
         ("ddp", 8, False),
-        ("fsdp", 8, True),
-        ("fsdp", 1, False),
-        ("model_parallel", 2, True),
-        ("lightning.pytorch.strategies.ModelParallelStrategy", 4, True),
-        ("lightning.pytorch.strategies.FSDPStrategy", 4, True),
+        ("drift.strategy.ShardedStrategy", 8, True),
+        ("ShardedStrategy", 2, True),
+        ("drift.strategy.ShardedStrategy", 1, False),
         ("lightning.pytorch.strategies.DDPStrategy", 4, False),
     ],
 )
