@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from drift.contract import ConfigError
 
@@ -226,3 +228,22 @@ def on_first_rank(state: dict[str, Any]) -> dict[str, Any]:
 
     found = apply_to_collection(state, DTensor, gather)
     return found if first else {}
+
+
+class Collectives(TorchDispatchMode):
+    """A context that counts what this rank says to the others, by the names of the operations.
+
+    Args:
+        counts: to go on with; None: from nothing.
+    """
+
+    def __init__(self, counts: Counter[str] | None = None) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter() if counts is None else counts
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))

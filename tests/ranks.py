@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from lightning import Callback, Trainer, seed_everything
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from drift.callbacks import RolloutCallback
 from drift.contract import ConfigError
 from drift.data import PromptDataModule
 from drift.distributed import (
+    Collectives,
     gather_over_ranks,
     gathered,
     joined,
@@ -51,19 +51,6 @@ from drift.tasks import SudokuTask
 
 TIMEOUT = timedelta(seconds=60)
 KEPT = ("completion_ids", "step_map", "token_probs", "rewards", "advantages", "trained")
-
-
-class Collectives(TorchDispatchMode):
-    """A context that counts what the ranks say to each other, by its name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.counts[str(func)] = self.counts.get(str(func), 0) + 1
-        return func(*args, **(kwargs or {}))
 
 
 class SpreadReward(PerSampleReward):
@@ -250,7 +237,7 @@ def own_pace():
             rollout = decode(policy, config=config, seeds=torch.arange(2))
         again = all(p.to_local().numel() < p.numel() for p in policy.parameters())
         same = torch.equal(rollout.completion_ids, alone.completion_ids)
-        mine = (same, again, len(passes), rollout.num_forwards, counted.counts)
+        mine = (same, again, len(passes), rollout.num_forwards, dict(counted.counts))
         found[way] = gather_over_ranks(mine)
     return found
 
