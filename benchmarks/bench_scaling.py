@@ -82,8 +82,8 @@ class Meter(Callback):
 
         return run
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Weighs while there is everything: after the optimizer has stepped."""
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Weighs while there is everything: from the second step on the optimizer has its state."""
         parameters = list(pl_module.policy.parameters())
         self.bytes = {
             "parameters": held(parameters),
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--large", type=int, nargs="+", default=[8, 64], help="ranks of the 8B policy")
     parser.add_argument("--denoising_steps", type=int, nargs="+", default=[4, 16])
-    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of the tiny policy")
+    parser.add_argument("--steps", type=int, default=2, help="optimizer steps of the tiny policy, >= 2")
     parser.add_argument("--write", action="store_true", help="keep the result in benchmarks/results")
     options = parser.parse_args()
     found = [

@@ -78,8 +78,13 @@ def test_settings_are_those_of_fit(plan, tmp_path: Path):
     text = plan("--config=quickstart", "--num_gpus=2", "--trainer.strategy=ddp", "--rollout.batch_size=5")
     assert "2 GPUs, all weights on each (trainer.strategy ddp does not shard)" in text
     assert "rollout: 5 rows" in text
-    text = plan("--config=quickstart", "--num_gpus=2", "--trainer.strategy=ModelParallelStrategy")
+    text = plan("--config=quickstart", "--config=strategy/fsdp", "--num_gpus=2")
     assert "2 GPUs, 1/2 of the weights on each" in text
+    assert "in a rollout all" in text
+    given = "--model.gather_for_rollout=false"
+    assert "in a rollout all" not in plan(
+        "--config=quickstart", "--config=strategy/fsdp", "--num_gpus=2", given
+    )
 
 
 def test_a_reference_of_its_own_is_counted(plan, tiny_folder: Path):

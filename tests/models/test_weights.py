@@ -122,3 +122,18 @@ def test_loading_takes_the_memory_of_one_copy(make_policy: Make, tmp_path: Path,
         growth, size = map(float, line.split())
         assert size > 150e6
         assert 0.9 < growth < 1.3, f"{growth:.2f} copies"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("dtype", "copy", "mapped"), [(0, False, True), (0, True, False), (1, False, False)])
+def test_what_is_sharded_at_once_is_not_copied_first(tmp_path: Path, dtype: int, copy: bool, mapped: bool):
+    file, model = tmp_path / "model.safetensors", meta_model()
+    save_file({"one.weight": torch.ones(2, 2)}, file)
+    read_weights(model, [file], (torch.float32, torch.bfloat16)[dtype], copy=copy)
+    ranges = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(file))
+    ]
+    address = model["one"].weight.data_ptr()
+    assert any(low <= address < high for low, high in ranges) is mapped
