@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
 
 from drift.distributed import require_agreement
+from drift.resume import KeepConfig
 
 
-class AgreedConfigCallback(SaveConfigCallback):
+class AgreedConfigCallback(KeepConfig):
     """Writes `config.yaml` into the run's folder, once all ranks have shown that they hold the same."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -1,58 +1,239 @@
-"""Checkpoints: the best by validation accuracy, and the last."""
+"""Decides when checkpoints are written: at the best validation, as training goes on, and before it stops."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from drift.contract import ConfigError
+from drift.checkpoints import CheckedCheckpointIO
+from drift.contract import ConfigError, StorageError
+from drift.distributed import (
+    gather_over_ranks,
+    is_first_process,
+    max_over_ranks,
+    rank,
+    require_agreement,
+    world_size,
+)
+from drift.logs import PastLogs, flush
+from drift.policy_module import PolicyModule
+from drift.progress import at_boundary, rewind_loops
+from drift.randomness import random_state, set_random_state
+from drift.resume import BEST, LAST, PREVIOUS
+from drift.signals import SignalWatch, Stopped, requeue_job, requeue_signal
+from drift.storage import AtomicCheckpointIO, leftovers, link, remove
+
+_STATE = "drift_run"
 
 
 class CheckpointCallback(ModelCheckpoint):
     """Writes `best.ckpt` after a validation that beats the earlier ones, and `last.ckpt` as training goes on.
+
+    A checkpoint is of the moment between two steps and resumes bit by bit: weights, optimizer, place in the
+    prompt stream, rollout at hand, random streams, callbacks and logs. It is written under another name,
+    synced and renamed; where the disk is full the one before stays. SIGINT, SIGTERM and SIGUSR1 write
+    `last.ckpt` of the last finished step, and stop with exit status 128 + the signal's number; a second
+    SIGINT or SIGTERM, a second later or more, stops at once. One process breaks off its rollout or validation
+    for that; several ranks meet after it.
 
     Args:
         every: optimizer steps between two writings of `last.ckpt`, >= 1; it is also written at the end.
         monitor: logged figure that decides which is best.
         mode: `max` or `min`.
         dirpath: folder; None: `checkpoints` in the run's folder.
+        previous: also keep the one before the last, as `previous.ckpt`, for where the last gets damaged.
 
     Raises:
         ConfigError: where `every` is below 1.
     """
 
     def __init__(
-        self, every: int = 50, monitor: str = "val/accuracy", mode: str = "max", dirpath: str | None = None
+        self,
+        every: int = 50,
+        monitor: str = "val/accuracy",
+        mode: str = "max",
+        dirpath: str | None = None,
+        previous: bool = True,
     ) -> None:
         if every < 1:
             raise ConfigError(f"checkpoint.every is {every}: set it to 1 or more steps")
         super().__init__(
             dirpath=dirpath,
-            filename="best",
+            filename=BEST.removesuffix(".ckpt"),
             monitor=monitor,
             mode=mode,
             save_on_train_epoch_end=False,
             enable_version_counter=False,
         )
         self.every = every
+        self.previous = previous
+        self.continued = False
+        self._watch: SignalWatch | None = None
+        self._past: PastLogs | None = None
+        self._saved_step = -1
+        self._validated_step = -1
+        self._random: dict[str, Any] = {}
+        self._loaded: dict[str, Any] | None = None
+
+    def continue_run(self, loggers: Sequence[Logger]) -> None:
+        """Has training go on in the folder and the logs of an earlier start; to be called before `fit`."""
+        self.continued = True
+        if is_first_process():  # Lightning asks for the loggers' files before any callback is set up
+            self._past = PastLogs(loggers)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Has checkpoints read and written safely, and clears away what was left half-written."""
+        super().setup(trainer, pl_module, stage)
+        io = trainer.strategy.checkpoint_io
+        if not isinstance(io, CheckedCheckpointIO):
+            inner = AtomicCheckpointIO() if type(io) is TorchCheckpointIO else io
+            trainer.strategy.checkpoint_io = CheckedCheckpointIO(inner)
+        if stage != "fit":
+            return
+        assert self.dirpath is not None
+        if trainer.is_global_zero:
+            for path in leftovers(Path(self.dirpath)):
+                rank_zero_warn(f"{path} was never finished: it is removed")
+                remove(path)
+        if isinstance(pl_module, PolicyModule):
+            pl_module.between_steps = partial(self._between_steps, trainer, pl_module)
+            pl_module.between_passes = partial(self._between_passes, trainer)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes up the run's state, and has Lightning's loops start between two steps."""
+        if not trainer.training and trainer.state.fn != "fit":
+            return
+        state = checkpoint.get(_STATE)
+        if state is None:
+            rank_zero_warn("ckpt_path: it has no random streams: training goes on, but not bit by bit")
+            return
+        require_agreement("the step of the checkpoint", checkpoint["global_step"])
+        self._loaded = state
+        self._validated_step = state["validated_step"]
+        rewind_loops(trainer, checkpoint, validated=state["validated_step"] == checkpoint["global_step"])
+        if self.continued and state["stopped_early"]:
+            trainer.should_stop = True  # early stopping had its way; a new start is none of its business
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds the random streams of all ranks."""
+        checkpoint[_STATE] = {
+            "random": gather_over_ranks(self._random or random_state(pl_module.device)),
+            "validated_step": self._validated_step,
+            "stopped_early": trainer.should_stop,
+        }
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts logs and random streams where they were, and listens to signals from here on."""
+        super().on_train_start(trainer, pl_module)
+        if self._past is not None:
+            self._past.cut(trainer.global_step)
+        if self._loaded is not None and len(self._loaded["random"]) == world_size():
+            set_random_state(self._loaded["random"][rank()], pl_module.device)
+        self._saved_step = self._validated_step
+        self._keep_random(pl_module)
+        environment = trainer._accelerator_connector.cluster_environment
+        launcher: Any = trainer.strategy.launcher
+        kill = getattr(launcher, "kill", None)  # of ranks that this process has started
+        self._watch = SignalWatch(kill, also=requeue_signal(environment))
+        self._watch.start()  # Lightning puts the earlier handlers back at the end of training
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Writes `last.ckpt` where it is due."""
-        if trainer.global_step % self.every == 0:
-            self._write_last(trainer)
+        """Remembers the random streams: validation, where it follows, may be broken off and done again."""
+        self._keep_random(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `best.ckpt` where this validation was the best."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validated_step = trainer.global_step
+            self._keep_random(pl_module)
+        super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes `last.ckpt` once more."""
+        self._keep_random(pl_module)
         self._write_last(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Where a signal has stopped training, writes `last.ckpt` of the last finished step."""
+        if not isinstance(exception, Stopped):
+            return
+        self._write_last(trainer)
+        rank_zero_info(
+            f"drift: stopped by {exception.name} after step {trainer.global_step}: {self.last_model_path}; "
+            "the same command with --resume auto goes on"
+        )
+        environment = trainer._accelerator_connector.cluster_environment
+        if exception.number == requeue_signal(environment) and trainer.is_global_zero:
+            rank_zero_info(f"drift: SLURM job {requeue_job()} is back in the queue")
+
+    def _between_steps(self, trainer: Trainer, module: LightningModule, rolled_out: bool) -> None:
+        """Between two steps: writes what is due, and stops on all ranks where one was asked to."""
+        if not rolled_out:  # a rollout may have drawn numbers, and will be made again
+            at_boundary(trainer)
+            self._keep_random(module)
+        step = trainer.global_step
+        if step and step % self.every == 0 and step != self._saved_step:
+            self._write_last(trainer)
+        number = max_over_ranks(0 if self._watch is None else self._watch.pending, module.device)
+        if number:
+            raise Stopped(number)
+
+    def _between_passes(self, trainer: Trainer, stage: str) -> None:
+        """Between two forward passes: breaks off what will be done again."""
+        if self._watch is None or not self._watch.pending:
+            return
+        # Where the policy is sharded, or gradients are summed, the ranks must go on together.
+        apart = isinstance(trainer.strategy, DDPStrategy) and trainer.training and stage == "rollout"
+        if world_size() == 1 or apart:
+            raise Stopped(self._watch.pending)
+
+    def _keep_random(self, module: LightningModule) -> None:
+        self._random = random_state(module.device)
 
     def _write_last(self, trainer: Trainer) -> None:
         assert self.dirpath is not None
-        path = str(Path(self.dirpath) / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        path = Path(self.dirpath) / LAST
+        if self._saved_step == trainer.global_step:
+            return
         # Named before it is written: the checkpoint itself holds this callback's state.
-        self.last_model_path = path
-        trainer.save_checkpoint(path)
+        self.last_model_path = str(path)
+        if self.previous and trainer.is_global_zero and path.exists():
+            link(path, path.with_name(PREVIOUS))
+        with self._writing(trainer):
+            trainer.save_checkpoint(path)
+        self._saved_step = trainer.global_step
+
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        with self._writing(trainer):
+            super()._save_checkpoint(trainer, filepath)
+
+    @contextmanager
+    def _writing(self, trainer: Trainer) -> Iterator[None]:
+        """A context of writing a checkpoint: what fails on one rank is raised on all of them."""
+        failure = None
+        if trainer.is_global_zero:
+            flush(trainer.loggers)
+        try:
+            yield
+        except StorageError as error:
+            failure = str(error)
+            trainer.strategy.barrier("Trainer.save_checkpoint")  # the others are waiting there
+        found = next(filter(None, gather_over_ranks(failure)), None)
+        if found is not None:
+            raise StorageError(found)

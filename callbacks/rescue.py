@@ -8,7 +8,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from drift.contract import SampleError
+from drift.contract import SampleError, StorageError
 
 
 class RescueCallback(Callback):
@@ -31,8 +31,8 @@ class RescueCallback(Callback):
         self.started = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Saves, and says where; an interrupt by hand is no error."""
-        if not self.started or not isinstance(exception, Exception):
+        """Saves, and says where; an interrupt is no error, and a disk that is full holds no more."""
+        if not self.started or not isinstance(exception, Exception) or isinstance(exception, StorageError):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(exception, SampleError) and trainer.is_global_zero:

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.evaluation import GridConfig
+from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 from drift.rollout import DenoiseConfig, rollout_groups
 from drift.tasks import ExtraReward, Task, judge, part_names
@@ -180,11 +181,14 @@ class RolloutCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
-        """Logs what the rollout was like, once."""
+        """Logs what the rollout was like, with each of its updates."""
         assert isinstance(pl_module, PolicyModule)
-        if batch.rollout is None:
+        rollout = batch.rollout
+        if rollout is None and isinstance(pl_module, RLDFModule):
+            rollout = pl_module.learned  # as Lightning would by itself, but not right after a resume
+        if rollout is None:
             return
-        for name, value in pl_module.measure(batch.rollout).items():
+        for name, value in pl_module.measure(rollout).items():
             pl_module.log(name, value, prog_bar=name in ("reward/mean", "rollout/timesteps"))
         pl_module.log_dict(self.seconds)
 

@@ -31,10 +31,21 @@ class SampleTableCallback(Callback):
         self.every = every
         self.num = num
         self.due = 0
+        self._resumed = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """When a resumed run shows its next table."""
+        return {"due": self.due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the order of an earlier run."""
+        self.due = state_dict["due"]
+        self._resumed = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first table comes after `every` steps, after a resume too."""
-        self.due = trainer.global_step + self.every
+        """The first table comes after `every` steps."""
+        if not self._resumed:
+            self.due = trainer.global_step + self.every
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PromptBatch, batch_idx: int
@@ -51,7 +62,8 @@ class SampleTableCallback(Callback):
             bar.print("\n".join(lines))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("samples", _markdown(rows), trainer.global_step)
+                # The scalars of a step are logged under the number of steps before it.
+                logger.experiment.add_text("samples", _markdown(rows), trainer.global_step - 1)
 
     def _rows(self, trainer: Trainer, batch: PromptBatch) -> list[tuple[str, str, str, str]]:
         rollout = batch.rollout

@@ -31,7 +31,7 @@ class SummaryCallback(Callback):
         self.path = path
         self.history: dict[str, list[float]] = {"reward/mean": [], "rollout/timesteps": [], "loss/total": []}
         self.accuracy: list[float] = []
-        self.start = 0.0
+        self.start: float | None = None  # None: there was nothing to train
         self.first_step = 0
         self.folder = Path()
 
@@ -63,8 +63,11 @@ class SummaryCallback(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prints the summary of training."""
-        seconds = time.perf_counter() - self.start
-        lines = [f"{'steps':<18} {self.first_step} -> {trainer.global_step} in {seconds:.0f} s"]
+        done = f"{trainer.global_step}, nothing was left to do"
+        if self.start is not None:
+            seconds = time.perf_counter() - self.start
+            done = f"{self.first_step} -> {trainer.global_step} in {seconds:.0f} s"
+        lines = [f"{'steps':<18} {done}"]
         for name, values in self.history.items():
             if values:
                 first, last = values[:_EDGE], values[-_EDGE:]

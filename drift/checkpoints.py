@@ -12,20 +12,41 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from torch import nn
 
 from drift.contract import ConfigError
+from drift.storage import damage
 
 _FIX = "give the path of a .ckpt file that drift wrote, such as checkpoints/last.ckpt"
-# What torch and pickle raise on files that are cut short, damaged or no checkpoints at all.
-_UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError, pickle.UnpicklingError)
+_NO_PICKLE = (
+    "weights_only is False: a checkpoint could then run code; set it to true, drift's hold tensors and plain "
+    "values alone"
+)
+# What torch raises on files that are whole, but no checkpoints.
+_UNREADABLE = (OSError, RuntimeError, EOFError, KeyError, ValueError, TypeError)
 
 
 class CheckedCheckpointIO(_WrappingCheckpointIO):
     """Reads checkpoints through another plugin; what is none raises ConfigError."""
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The checkpoint, which holds weights at least."""
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """The checkpoint, which holds weights at least.
+
+        Args:
+            path: of the file.
+            map_location: device for its tensors.
+            weights_only: True or None; False would let the file run code.
+        """
         assert self.checkpoint_io is not None
+        if weights_only is False:
+            raise ConfigError(_NO_PICKLE)
+        require_whole(path)
         try:
-            checkpoint = self.checkpoint_io.load_checkpoint(path, *args, **kwargs)
+            checkpoint = self.checkpoint_io.load_checkpoint(path, map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ConfigError(
+                f"ckpt_path is {str(path)!r}: it is refused: it holds more than tensors and plain values, "
+                f"which could run code; {_FIX}"
+            ) from error
         except _UNREADABLE as error:
             # Its name alone: torch's own text goes on with the advice to switch off its protection.
             raise ConfigError(
@@ -38,6 +59,16 @@ class CheckedCheckpointIO(_WrappingCheckpointIO):
         if missing:
             raise ConfigError(f"ckpt_path is {str(path)!r}: it has no {sorted(missing)}; {_FIX}")
         return checkpoint
+
+
+def require_whole(path: Any) -> None:
+    """Raises ConfigError where a byte of a checkpoint is not as it was written."""
+    reason = damage(Path(path))
+    if reason is not None:
+        raise ConfigError(
+            f"ckpt_path is {str(path)!r}: it cannot be read: {reason}; {_FIX}, or previous.ckpt or best.ckpt "
+            "beside it"
+        )
 
 
 def require_checkpoint_file(path: str | None) -> None:
@@ -92,7 +123,7 @@ def require_adapters_of(found: Mapping[str, Any] | None, needed: Mapping[str, An
     )
 
 
-def require_resumable(checkpoint: Mapping[str, Any], max_steps: int, master_weights: bool = False) -> None:
+def require_resumable(checkpoint: Mapping[str, Any], max_steps: float, master_weights: bool = False) -> None:
     """Raises ConfigError where training cannot go on from a checkpoint, or has nothing left to do.
 
     Args:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -37,13 +37,14 @@ from drift.callbacks import (
     SummaryCallback,
 )
 from drift.callbacks.agreement import AgreedConfigCallback
-from drift.checkpoints import CheckedCheckpointIO, require_checkpoint_file
-from drift.contract import ConfigError, SampleError
+from drift.contract import ConfigError, SampleError, StorageError
 from drift.data import PromptDataModule
 from drift.messages import explain, nearest
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
+from drift.resume import RESUME_HELP, require_checkpoint, starting_checkpoint
 from drift.sft import SFTModule
+from drift.storage import require_writable
 
 _CALLBACKS = {
     "prompt": PromptCallback,
@@ -102,6 +103,7 @@ class DriftCLI(LightningCLI):
         """Adds the callbacks, each under its own key."""
         for key, callback in _CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
+        parser.add_argument("--resume", type=Literal["auto"] | None, default=None, help=RESUME_HELP)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments given; sys.argv stays as it is for the ranks that are launched from it."""
@@ -109,16 +111,31 @@ class DriftCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Makes the objects; what they refuse is reported under the whole name of the setting."""
-        require_checkpoint_file(self.config[self.config.subcommand].get("ckpt_path"))
+        settings = self.config[self.config.subcommand]
+        require_checkpoint(settings.get("ckpt_path"), settings.resume, self.config.subcommand)
         try:
             super().instantiate_classes()
-            self.trainer.strategy.checkpoint_io = CheckedCheckpointIO(self.trainer.strategy.checkpoint_io)
-            _require_writable([logger.save_dir for logger in self.trainer.loggers])
+            self._find_checkpoint(settings)
+            require_writable([logger.save_dir for logger in self.trainer.loggers])
         except ValueError as error:
             found = _config_error(error)
             if found is None:
                 raise
             raise ConfigError(f"{_places(str(found), self.config)}{found}") from error
+
+    def _find_checkpoint(self, settings: Any) -> None:
+        """Puts a path in the place of `--resume auto`, `last` and `best`."""
+        parser: Any = self._parser(self.config.subcommand)
+        plain = yaml.safe_load(parser.dump(settings, skip_none=False))
+        path = starting_checkpoint(self.trainer, plain)
+        self.config_init[self.config.subcommand]["ckpt_path"] = path
+        if self.config.subcommand == "fit":
+            # A command that is issued again goes on with its logs, and may find nothing left to do.
+            again = settings.resume is not None
+            callback: Any = self.trainer.checkpoint_callback
+            if again or path != settings.ckpt_path:
+                callback.continue_run(self.trainer.loggers)
+            self.model.may_be_finished = again
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the settings alone: Lightning would take them from the checkpoint."""
@@ -170,7 +187,6 @@ def _start(kind: type[DriftCLI], command: str, *rest: str) -> DriftCLI:
         seed_everything_default=0,
         auto_configure_optimizers=False,
         save_config_callback=AgreedConfigCallback,
-        save_config_kwargs={"overwrite": True},
     )
 
 
@@ -179,7 +195,7 @@ def errors_in_one_line() -> Iterator[None]:
     """A context whose foreseen errors end the process with one line."""
     try:
         yield
-    except SampleError as error:
+    except (SampleError, StorageError) as error:
         sys.exit(f"drift: stopped: {error}")
     except MisconfigurationException as error:
         sys.exit(f"drift: error: {' '.join(str(error).split())}")
@@ -188,17 +204,6 @@ def errors_in_one_line() -> Iterator[None]:
         if found is None:
             raise
         sys.exit(f"drift: error: {found}")
-
-
-def _require_writable(folders: Sequence[str | None]) -> None:
-    for folder in filter(None, folders):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"trainer.logger.save_dir is {folder!r}: it cannot be made ({error.strerror}); name a folder "
-                "that can be written to"
-            ) from error
 
 
 def _places(message: str, config: Any) -> str:

@@ -34,6 +34,10 @@ def require(settings: object, good: bool, key: str, fix: str) -> None:
         raise ConfigError(f"{key} is {getattr(settings, key)!r}: {fix}")
 
 
+class StorageError(RuntimeError):
+    """A checkpoint could not be written: the message names the path, the reason and what is kept."""
+
+
 class SampleError(RuntimeError):
     """Training met a sample that it cannot go on with; `sample` holds what is needed to look at it.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -28,6 +29,11 @@ def world_size() -> int:
 def rank() -> int:
     """This rank; 0 where nothing is distributed."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def is_first_process() -> bool:
+    """Whether this is the first rank's process; known before the ranks have met, by what launched them."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

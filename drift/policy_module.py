@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -31,6 +32,7 @@ from drift.models import (
     resolve_folder,
 )
 from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule, require_precise
+from drift.signals import Stopped
 from drift.strategy import require_strategy
 
 DType = Literal["float32", "bfloat16"]
@@ -54,6 +56,11 @@ class PolicyModule(LightningModule):
 
     experience: Experience | None = None
     on_progress: Callable[[str, int, int], None] | None = None
+    may_be_finished = False  # whether a checkpoint with nothing left to do is no mistake
+    # Where training may stop: between two steps, where all ranks meet, before a rollout and after it (True),
+    # and between two passes of a stage, on this rank.
+    between_steps: Callable[[bool], None] | None = None
+    between_passes: Callable[[str], None] | None = None
 
     def __init__(
         self,
@@ -154,12 +161,24 @@ class PolicyModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
-        """The batch with its rollout, which the rollout callback provides."""
-        return (
-            self.experience(self, batch, dataloader_idx)
-            if self.experience is not None and self.needs_rollout(batch)
-            else batch
-        )
+        """The batch with its rollout, which the rollout callback provides.
+
+        In training the last step is over, its metrics are logged and the next has not begun.
+        """
+        pause = self.between_steps if self.trainer.training else None
+        if pause is not None:
+            pause(False)
+        if self.experience is None or not self.needs_rollout(batch):
+            return batch
+        try:
+            batch = self.experience(self, batch, dataloader_idx)
+        except Stopped:
+            if pause is not None:
+                pause(True)  # this rank has broken its rollout off: the others come here with theirs
+            raise
+        if pause is not None:
+            pause(True)
+        return batch
 
     def needs_rollout(self, batch: PromptBatch) -> bool:
         """Whether the batch is to be rolled out."""
@@ -190,7 +209,8 @@ class PolicyModule(LightningModule):
         require_weights_of(self, checkpoint)
         if self.trainer.state.fn == TrainerFn.FITTING:
             masters = self.optimizer_config.master_weights
-            require_resumable(checkpoint, self.trainer.max_steps, masters)
+            num_steps = math.inf if self.may_be_finished else self.trainer.max_steps
+            require_resumable(checkpoint, num_steps, masters)
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -228,7 +248,9 @@ class PolicyModule(LightningModule):
         self.policy.head(self.policy(token))
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Tells the progress bar, where there is one, how far a stage of this step is."""
+        """Tells the progress bar, where there is one, how far a stage of this step is; may stop training."""
+        if self.between_passes is not None:
+            self.between_passes(stage)
         if self.on_progress is not None:
             self.on_progress(stage, done, total)
 

@@ -8,6 +8,11 @@ every rank, so a sample does not depend on its neighbours. The mixing function i
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,3 +60,30 @@ def draw_keys(
     source = generator.device if generator is not None else torch.device("cpu")
     keys = torch.randint(-(2**63), 2**63 - 1, (num,), generator=generator, device=source)
     return keys.to(device) if device is not None else keys
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every global random stream: Python's, NumPy's, torch's and the device's.
+
+    Drift's own draws need none of them; a reward, a task or a layer with dropout may.
+    """
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 - others' code draws from it
+    state: dict[str, Any] = {
+        "python": list(random.getstate()),
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device).get_rng_state(device).cpu()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Puts every global random stream where `random_state` found it."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if "device" in state and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(state["device"].cpu(), device)

@@ -7,7 +7,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from drift.contract import ConfigError
 from drift.distributed import on_first_rank, split_like
+from drift.storage import AtomicCheckpointIO
 
 
-class _MappedCheckpointIO(TorchCheckpointIO):
+class _MappedCheckpointIO(AtomicCheckpointIO):
     """Reads checkpoints out of the pages of their file, which the ranks of a machine share."""
 
     def load_checkpoint(

@@ -398,7 +398,7 @@ def test_bad_checkpoints_are_named(tiny: list[str], error, tmp_path: Path, comma
     (tmp_path / "text.ckpt").write_text("hello")
     path = str(tmp_path / "text.ckpt")
     message = error(command, *tiny, f"--ckpt_path={path}")
-    assert message.startswith(f"drift: error: ckpt_path is {path!r}: it cannot be read")
+    assert message.startswith(f"drift: error: ckpt_path is {path!r}: it cannot be read: it is ")
 
 
 def test_a_checkpoint_of_another_policy_or_at_its_end_is_refused(tiny: list[str], error, tmp_path: Path):

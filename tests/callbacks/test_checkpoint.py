@@ -55,7 +55,11 @@ def test_best_and_last_are_written(train, tmp_path: Path):
     accuracies = Accuracies(0.2, 0.7, 0.5)
     checkpoint = CheckpointCallback(every=2, monitor="val/score", dirpath=str(tmp_path / "kept"))
     train(7, accuracies, checkpoint)
-    assert sorted(file.name for file in (tmp_path / "kept").iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(file.name for file in (tmp_path / "kept").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+    ]
     best, last = load(tmp_path / "kept" / "best.ckpt"), load(tmp_path / "kept" / "last.ckpt")
     # 7 is no multiple of 2: the end writes too.
     assert (best["global_step"], last["global_step"]) == (4, 7)

@@ -1,0 +1,52 @@
+"""Lightning's count of what is done, put right where training goes on from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning import Trainer
+
+
+def rewind_loops(trainer: Trainer, checkpoint: dict[str, Any], *, validated: bool) -> None:
+    """Has the loops of a checkpoint stand between two steps, wherever they were when it was written.
+
+    Lightning tells from the differences of its counts where it was, and takes other ways from there: a
+    checkpoint of the end of training would start another epoch, one from within a step would count it twice.
+
+    Args:
+        trainer: that goes on.
+        checkpoint: as read; its loops are changed in place.
+        validated: whether the validation that is due after the last step is over; else it is done again.
+    """
+    if trainer.limit_train_batches != 1.0:
+        return  # the stream of prompts is cut into epochs, and their counts differ
+    loops = checkpoint["loops"]["fit_loop"]
+    batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
+    _set(loops["epoch_loop.batch_progress"], _counts(batches))
+    _set(loops["epoch_progress"], {"ready": 1, "started": 1, "processed": 0, "completed": 0})
+    done = _counts(0)
+    # One batch begun and not finished is how Lightning knows a validation that was broken off.
+    begun = done if validated else done | {"ready": 1, "started": 1}
+    validation = loops["epoch_loop.val_loop.batch_progress"]
+    _set(validation, done)
+    validation["total"] = begun
+    # As it stands while the last step is validated; `at_boundary` has what comes after it.
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = max(0, checkpoint["global_step"] - 1)
+
+
+def at_boundary(trainer: Trainer) -> None:
+    """Has metrics logged under the number of steps done before them.
+
+    Lightning counts them apart, and depending on where a checkpoint was written is one off after a resume.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def _counts(number: int) -> dict[str, int]:
+    return {"ready": number, "started": number, "processed": number, "completed": number}
+
+
+def _set(progress: dict[str, Any], counts: dict[str, int]) -> None:
+    for scope in ("total", "current"):
+        progress[scope] = {**progress[scope], **counts}
+    progress["is_last_batch"] = False

@@ -1,0 +1,133 @@
+"""Checkpoints on disk: written whole or not at all, and known to be whole when they are read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from drift.contract import ConfigError, StorageError
+
+_TEMPORARY = ".tmp"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoint files under another name in the same folder, syncs and renames them."""
+
+    def __init__(self) -> None:
+        self._folders: set[Path] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes the file, or leaves what was there.
+
+        Raises:
+            StorageError: where it cannot be written.
+        """
+        target = Path(path)
+        # Once: a folder that was there and is gone is a lost mount, and a new one would be on another disk.
+        if target.parent not in self._folders:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self._folders.add(target.parent)
+        with replacing(target) as new, new.open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which becomes `path` when all is well and is removed when it is not.
+
+    Raises:
+        StorageError: where it cannot be written.
+    """
+    new = temporary(path)
+    try:
+        yield new
+        sync(new)
+        new.replace(path)
+        sync(path.parent)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):  # of a lost mount
+            new.unlink(missing_ok=True)
+        raise storage_error(path, error) from error
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def temporary(path: Path) -> Path:
+    """The name under which a file or folder is written before it is whole."""
+    return path.with_name(f".{path.name}{_TEMPORARY}")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What a process that was killed while writing left behind in a folder."""
+    return sorted(folder.glob(f".*{_TEMPORARY}"))
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def storage_error(path: Path, error: BaseException) -> StorageError:
+    """The error to raise where a checkpoint cannot be written; torch wraps what the system said."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    words = cause.strerror if isinstance(cause, OSError) else None
+    reason = words or str(cause or error).partition("\n")[0]
+    kept = "the one before is kept" if path.exists() else "there is none before it"
+    return StorageError(
+        f"{path}: the checkpoint cannot be written ({reason}); {kept}; free space or mount the disk again, "
+        "then go on with --resume auto, or set checkpoint.dirpath to another disk"
+    )
+
+
+def require_writable(folders: Sequence[str | None]) -> None:
+    """Makes the folders that loggers write to; raises ConfigError where one cannot be made."""
+    for folder in filter(None, folders):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"trainer.logger.save_dir is {folder!r}: it cannot be made ({error.strerror}); name a folder "
+                "that can be written to"
+            ) from error
+
+
+def sync(path: Path) -> None:
+    """Has the system write a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def link(old: Path, new: Path) -> None:
+    """Gives a checkpoint a second name, in place of what had it; both stay when one is replaced."""
+    first = temporary(new)
+    first.unlink(missing_ok=True)
+    first.hardlink_to(old)
+    first.replace(new)
+    sync(new.parent)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file, in words; None where every byte is as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        return f"it is cut short or no checkpoint ({type(error).__name__})"
+    return None if part is None else f"its bytes have changed since it was written ({part})"
