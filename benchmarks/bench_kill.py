@@ -35,7 +35,6 @@ import drift.storage
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 
-RUN = Path("runs/killed/version_0")
 NUM_STEPS = 12
 KINDS = ("rollout", "backward", "write", "any")
 CONFIG = """
@@ -182,16 +181,22 @@ def require_end(folder: Path, status: int) -> None:
 
 def results(folder: Path) -> dict[str, Any]:
     """All that a run leaves, but for seconds: by name, comparable with ==."""
-    checkpoint = torch.load(folder / RUN / "checkpoints" / "last.ckpt", weights_only=True)
+    # A life that ends before it has written its settings leaves a folder that is not gone on with.
+    (last,) = folder.glob("runs/killed/*/checkpoints/last.ckpt")
+    run = last.parent.parent
+    checkpoint = torch.load(last, weights_only=True)
     del checkpoint["loops"]  # how often validation was begun
     found = {}
     for path, leaf in tree_leaves_with_path(checkpoint):
-        content = leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else leaf
-        found["checkpoint" + "".join(map(str, path))] = content
-    with (folder / RUN / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        content = leaf.numpy().tobytes() if isinstance(leaf, torch.Tensor) else str(leaf)
+        name = "checkpoint" + "".join(map(str, path))
+        found[name.replace(run.name, "RUN")] = (
+            content if isinstance(content, bytes) else content.replace(run.name, "RUN")
+        )
+    with (run / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in csv.DictReader(file)]
     found["metrics.csv"] = rows
-    events = EventAccumulator(str(folder / RUN), {"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
+    events = EventAccumulator(str(run), {"scalars": 0, "tensors": 0}, purge_orphaned_data=False)
     events.Reload()
     for tag in events.Tags()["scalars"]:
         if not tag.endswith("seconds"):

@@ -139,8 +139,7 @@ class CheckpointCallback(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts logs and random streams where they were, and listens to signals from here on."""
         super().on_train_start(trainer, pl_module)
-        if self._past is not None:
-            self._past.cut(trainer.global_step)
+        self._cut_logs(trainer)
         if self._loaded is not None and len(self._loaded["random"]) == world_size():
             set_random_state(self._loaded["random"][rank()], pl_module.device)
         self._saved_step = self._validated_step
@@ -168,6 +167,15 @@ class CheckpointCallback(ModelCheckpoint):
         """Writes `last.ckpt` once more."""
         self._keep_random(pl_module)
         self._write_last(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the logs right where there was nothing left to train."""
+        self._cut_logs(trainer)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up what was best, and the latest score, which Lightning saves and leaves."""
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict["current_score"]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Where a signal has stopped training, writes `last.ckpt` of the last finished step."""
@@ -202,6 +210,11 @@ class CheckpointCallback(ModelCheckpoint):
         apart = isinstance(trainer.strategy, DDPStrategy) and trainer.training and stage == "rollout"
         if world_size() == 1 or apart:
             raise Stopped(self._watch.pending)
+
+    def _cut_logs(self, trainer: Trainer) -> None:
+        past, self._past = self._past, None
+        if past is not None:
+            past.cut(trainer.global_step)
 
     def _keep_random(self, module: LightningModule) -> None:
         self._random = random_state(module.device)
