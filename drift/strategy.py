@@ -28,7 +28,7 @@ class _MappedCheckpointIO(AtomicCheckpointIO):
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         """The checkpoint; its tensors are views of the file."""
-        return torch.load(path, map_location=map_location, mmap=True, weights_only=weights_only is not False)
+        return torch.load(path, map_location=map_location, mmap=True, weights_only=True)
 
 
 class ShardedStrategy(ModelParallelStrategy):
