@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
@@ -230,7 +231,9 @@ class PromptDataModule(LightningDataModule):
                 continue
             rows = source.load(split)
             if isinstance(rows, Dataset):
-                rows = self._checked(rows, source.task, source.where)
+                num, rows = len(rows), self._checked(rows, source.task, source.where)
+                if len(rows) < num:
+                    rank_zero_info(f"{source.where}: {num - len(rows)} of {num} rows are left out: too long")
             found.append(EvaluationSet(name=source.name, rows=rows, task=source.task, where=source.where))
         return found
 

@@ -162,7 +162,9 @@ def test_a_long_prompt_stops_before_training(tiny_folder: Path, write, split: st
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_drop_drops_long_prompts(tiny_folder: Path, write, streaming: bool):
+def test_drop_drops_long_prompts(tiny_folder: Path, write, streaming: bool, monkeypatch):
+    said = []
+    monkeypatch.setattr(module_under_test, "rank_zero_info", said.append)
     prompts = data(
         tiny_folder,
         train=write(LONG, streaming=streaming),
@@ -174,6 +176,10 @@ def test_drop_drops_long_prompts(tiny_folder: Path, write, streaming: bool):
     )
     assert training_prompts(prompts, 2) == [["short", "brief"]] * 2
     assert [p.prompt for batch in prompts.val_dataloader() for p in batch.problems] == ["other"]
+    # Another set of rows is another benchmark: it must not become one in silence.
+    (message,) = said
+    assert message.startswith("data.validation (")
+    assert message.endswith("): 1 of 2 rows are left out: too long")
 
 
 def test_dropping_everything_is_an_error(tiny_folder: Path, write):
