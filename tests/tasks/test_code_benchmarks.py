@@ -43,6 +43,7 @@ def test_the_problem_of_an_mbpp_row(reward: CodeReward):
     first = "Write a function to double.\nYour code should pass the test:\nassert double(1) == two\n"
     assert problem.prompt.startswith(first + "Place your code")
     assert (problem.answer_prefix, problem.row["task_id"]) == ("", 1)
+    assert task.own_text(FULL) + "\n" == first
     halve = task.problem(SANITIZED)
     answers = [
         f"```python\n{code}\n```" for code in (FULL["code"], "double = lambda x: 2", SANITIZED["code"])
@@ -106,4 +107,5 @@ def test_humaneval_of_the_hub_is_asked_as_the_prepared_file_asks(shared: Path, r
         raw = {"prompt": prompt[:-1], "test": test, "entry_point": call[:-1]}
         ours, theirs = hub.problem(raw), prepared.problem(row)
         assert (ours.prompt, ours.answer_prefix) == (theirs.prompt, theirs.answer_prefix)
+        assert hub.own_text(raw).strip() == row["question"].strip()
     assert len(rows) == 164
