@@ -84,7 +84,7 @@ def test_problems_are_judged(task: CodeTask):
         ({"test_list": ["f(1)"]}, "field 'test_list' cannot be used: test 0 has no assertion"),
         (
             {"test_list": ["while True:\n    assert f(1)"]},
-            "field 'test_list' .* loop in line 1 of test 0 never ends",
+            "field 'test_list' .* loop in line 1 of test 0 does not end",
         ),
         ({"prefix": 3}, "field 'prefix' is 3; it must be a text, or absent"),
     ],
