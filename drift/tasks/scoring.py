@@ -138,7 +138,7 @@ def score(
         )
 
     try:
-        found = reward.judge(completions, problems, num_tokens)
+        found = _judged(reward, completions, problems, num_tokens)
     except ConfigError:
         raise
     except Exception as raised:
@@ -182,6 +182,14 @@ def _first_non_number(found: object) -> int | None:
     return next((i for i, value in enumerate(found) if not isinstance(value, int | float)), None)
 
 
+def _judged(
+    reward: Reward, completions: Sequence[str], problems: Sequence[Problem], num_tokens: Tensor | None
+) -> object:
+    if isinstance(reward, Reward):
+        return reward.judge(completions, problems, num_tokens)
+    return reward(completions, problems)  # a plain function of the user's own
+
+
 def _culprit(
     reward: Reward,
     completions: Sequence[str],
@@ -193,8 +201,8 @@ def _culprit(
     for i in range(len(completions)):
         alone = slice(i, i + 1)
         try:
-            reward.judge(
-                completions[alone], problems[alone], None if num_tokens is None else num_tokens[alone]
+            _judged(
+                reward, completions[alone], problems[alone], None if num_tokens is None else num_tokens[alone]
             )
         except Exception as raised:
             return i, f"{type(raised).__name__}: {raised}"
