@@ -61,8 +61,9 @@ class MismatchCallback(Callback):
     ) -> None:
         """Looks at the step's mismatch, where there was one to measure."""
         metrics = trainer.callback_metrics
-        # A step without noisy states has no token to compare; its 0 says nothing.
-        if "mismatch/kl" not in metrics or not float(metrics["update/noisy_states"]):
+        # A step without noisy states has no token to compare; its 0 says nothing. A skipped one logs none.
+        skipped = float(metrics.get("update/skipped", 0.0))
+        if "mismatch/kl" not in metrics or skipped or not float(metrics["update/noisy_states"]):
             return
         message = self.look(float(metrics["mismatch/kl"]))
         if message is not None:

@@ -1,4 +1,4 @@
-"""Keeps what there is when training stops on an error: a checkpoint, and the sample that caused it."""
+"""Keeps what there is when training stops on an error: a checkpoint, and the batch that caused it."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save_file
 
 from drift.contract import SampleError, StorageError
+from drift.distributed import world_size
 
 
 class RescueCallback(Callback):
-    """On an error in training, saves `rescue.ckpt`, and `rescue.json` where a sample caused it.
+    """On an error in training, saves `rescue.ckpt`, and the batch where one caused it.
 
-    Both go to the run's folder. The checkpoint holds the weights of the last finished step: `--ckpt_path`
-    goes on from there.
+    The files go to the run's folder. The checkpoint holds the weights of the last finished step:
+    `--ckpt_path` goes on from there. It takes all ranks to write it: an error of one rank alone writes none.
+
+    `rescue.json` tells of the batch. Where the loss or the gradient was not finite, `rescue.safetensors`
+    holds it whole: `Rollout(**safetensors.torch.load_file(path))` is the rollout with ids, masks, step_map,
+    rewards, advantages and seeds. Rank 1 writes `rescue.rank1.json`, and so on.
     """
 
     def __init__(self) -> None:
@@ -35,10 +41,19 @@ class RescueCallback(Callback):
         if not self.started or not isinstance(exception, Exception) or isinstance(exception, StorageError):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        if isinstance(exception, SampleError) and trainer.is_global_zero:
-            text = json.dumps({"message": str(exception), **exception.sample}, indent=2)
-            (self.folder / "rescue.json").write_text(text, encoding="utf-8")
-            rank_zero_info(f"the sample that stopped training: {self.folder / 'rescue.json'}")
+        if isinstance(exception, SampleError):
+            self._save_batch(exception, trainer.global_rank)
+        elif world_size() > 1:
+            return  # the others may be waiting elsewhere
         trainer.save_checkpoint(self.folder / "rescue.ckpt")
         kept = self.folder / "rescue.ckpt"
         rank_zero_info(f"the weights of the last finished step: {kept} (go on with --ckpt_path)")
+
+    def _save_batch(self, error: SampleError, rank: int) -> None:
+        path = self.folder / ("rescue.json" if rank == 0 else f"rescue.rank{rank}.json")
+        text = json.dumps({"message": str(error), **error.sample}, indent=2)
+        path.write_text(text, encoding="utf-8")
+        if error.tensors:
+            tensors = {name: value.detach().cpu().contiguous() for name, value in error.tensors.items()}
+            save_file(tensors, path.with_suffix(".safetensors"))
+        rank_zero_info(f"the batch that stopped training: {path}")

@@ -44,11 +44,15 @@ class SampleError(RuntimeError):
     Args:
         message: what happened, and what to do about it.
         sample: JSON-serialisable description of the sample that caused it.
+        tensors: what is needed to compute the step again, by name.
     """
 
-    def __init__(self, message: str, sample: Mapping[str, Any]) -> None:
+    def __init__(
+        self, message: str, sample: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
         super().__init__(message)
         self.sample = dict(sample)
+        self.tensors = dict(tensors or {})
 
 
 @dataclass(kw_only=True, slots=True)

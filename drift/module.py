@@ -23,6 +23,7 @@ from drift.distributed import (
     world_size,
 )
 from drift.figures import update_figures
+from drift.finite import finite_on_all_ranks
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
@@ -36,7 +37,7 @@ from drift.models import (
     weights_of,
 )
 from drift.optimizer import OptimizerConfig, clip_gradients
-from drift.policy_module import DType, PolicyModule, require_rollout, sample_error
+from drift.policy_module import DType, PolicyModule, require_rollout
 from drift.randomness import fold
 from drift.samplers import TimestepSampler, WeightedSampler
 
@@ -167,14 +168,18 @@ class RLDFModule(PolicyModule):
             reference = self._reference_logprobs(states)
             before = None if old is None else TokenLogProbs(logp=old.logp[part])
             output = rldf_loss(policy, states, self.loss, old=before, reference=reference, **totals)
-            self._require_finite(output.loss, "the loss", batch, states.row)
+            if not finite_on_all_ranks(output.loss):
+                return self._skip("the loss", output.loss, batch)
             # Distributed strategies average gradients; the loss is already the sum over the whole batch.
             self.manual_backward(output.loss * world_size())
             self._keep_feedback(states, policy)
             self.report("update", number, len(parts))
             outputs.append(output)
-        grad_norm = self._step(batch, noisy.row)
-        self._log_update(outputs, noisy, grad_norm, start)
+        grad_norm = clip_gradients(self.policy.parameters(), self.optimizer_config.gradient_clip)
+        if not finite_on_all_ranks(grad_norm):
+            return self._skip("the norm of the gradient", grad_norm, batch)
+        self._step()
+        return self._log_update(outputs, noisy, grad_norm, start)
 
     def _with_advantages(self, batch: PromptBatch) -> Rollout:
         """The rollout with advantages and the groups to train on, chosen at the first of its updates."""
@@ -266,24 +271,21 @@ class RLDFModule(PolicyModule):
         scored = self.trained_probs > 0
         self.learned.token_probs = torch.where(scored, self.trained_probs, self.learned.token_probs)
 
-    def _step(self, batch: PromptBatch, rows: Tensor) -> Tensor:
-        """Clips, steps and schedules; gives back the gradient's norm."""
+    def _step(self) -> None:
+        """Steps and schedules."""
         optimizer: Any = self.optimizers()
-        norm = clip_gradients(self.policy.parameters(), self.optimizer_config.gradient_clip)
-        self._require_finite(norm, "the norm of the gradient", batch, rows)
         optimizer.step()
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        return norm
+        self.take_step()
 
-    def _require_finite(self, value: Tensor, what: str, batch: PromptBatch, rows: Tensor) -> None:
-        # Summed, so that all ranks stop where one has to.
-        if bool(torch.isfinite(sum_over_ranks(value.detach()))):
-            return
-        assert self.learned is not None
-        message = f"{what} is {value.item()}"
-        raise sample_error(message, self.global_step, batch, self.learned, rows.unique())
+    def _skip(self, what: str, value: Tensor, batch: PromptBatch) -> None:
+        """Takes no step but counts one: further updates and the stream of prompts go by that count."""
+        self.trained_probs = None
+        self.skip_step(what, value, batch, self.learned)
+        optimizer: Any = self.optimizers()
+        optimizer.step()  # no parameter has a gradient: weights and optimizer stay as they are
 
     def _log_update(self, outputs: list[LossOutput], noisy: MaskedBatch, norm: Tensor, start: float) -> None:
         parts = self.loss.part_names(self.num_updates)

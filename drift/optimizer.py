@@ -39,6 +39,9 @@ class OptimizerConfig:
         schedule: what follows until the last step: `constant`, or `linear` or `cosine` down to 0.
         master_weights: of bfloat16 weights, keep a float32 copy that the updates are added to: 12 bytes of
             optimizer state a parameter instead of 4, and no small update is lost. Gradients stay bfloat16.
+        max_skipped: steps in a row that are skipped where the loss or the gradient is not finite, >= 0; the
+            next such step stops training with its batch saved. A skipped step counts as a step, so that the
+            prompts go on, but leaves weights, optimizer and schedule as they are.
 
     Raises:
         ConfigError: where a value is outside its range.
@@ -51,6 +54,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: Schedule = "constant"
     master_weights: bool = False
+    max_skipped: int = 0
 
     def __post_init__(self) -> None:
         require(self, math.isfinite(self.lr) and self.lr > 0, "lr", "set it to a positive number")
@@ -63,6 +67,7 @@ class OptimizerConfig:
             "set it to a positive norm, or .inf for no clipping",
         )
         require(self, self.warmup_steps >= 0, "warmup_steps", "set it to 0 or more optimizer steps")
+        require(self, self.max_skipped >= 0, "max_skipped", "set it to 0 or more steps in a row")
         require(
             self, self.schedule in get_args(Schedule), "schedule", f"choose one of {list(get_args(Schedule))}"
         )

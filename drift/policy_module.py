@@ -15,9 +15,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from drift.checkpoints import require_adapters_of, require_resumable, require_weights_of
-from drift.contract import ConfigError, PromptBatch, Rollout, SampleError
+from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.distributed import gathered, joined, shard
 from drift.evaluation import Cell, CellResult, Tally, logged
+from drift.finite import SkippedSteps
 from drift.metrics import RolloutMetrics
 from drift.models import (
     DiffusionLM,
@@ -37,6 +38,7 @@ from drift.strategy import require_strategy
 
 DType = Literal["float32", "bfloat16"]
 _ADAPTERS = "adapters"
+_SKIPPED = "skipped_in_a_row"
 Experience = Callable[["PolicyModule", PromptBatch, int], PromptBatch]
 
 
@@ -78,6 +80,7 @@ class PolicyModule(LightningModule):
         self.policy_folder = resolve_folder(policy)
         self.policy_config = read_config(self.policy_folder)
         self.optimizer_config = optimizer
+        self.skipped = SkippedSteps(optimizer.max_skipped)
         self.policy_dtype: torch.dtype = getattr(torch, dtype)
         self.random_init = random_init
         self.lora = lora
@@ -199,7 +202,8 @@ class PolicyModule(LightningModule):
         return None if self.lora is None else {**asdict(self.lora), "weights": self._base}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the adapters are, where there are any."""
+        """Adds how many steps were just skipped, and what the adapters are, where there are any."""
+        checkpoint[_SKIPPED] = self.skipped.in_a_row
         if self.lora is not None:
             checkpoint[_ADAPTERS] = self._adapters
 
@@ -211,6 +215,28 @@ class PolicyModule(LightningModule):
             masters = self.optimizer_config.master_weights
             num_steps = math.inf if self.may_be_finished else self.trainer.max_steps
             require_resumable(checkpoint, num_steps, masters)
+            self.skipped.in_a_row = checkpoint.get(_SKIPPED, 0)
+
+    def skip_step(self, what: str, value: Tensor, batch: PromptBatch, rollout: Rollout | None = None) -> None:
+        """Counts a step that is not to be taken, on all ranks, or stops; drops its gradients.
+
+        Args:
+            what: the number that is not finite, in words.
+            value: [], this rank's.
+            batch: the prompts.
+            rollout: their rollout, with advantages; None in fine-tuning.
+
+        Raises:
+            SampleError: too many steps in a row were skipped.
+        """
+        self.zero_grad()
+        self.skipped.add(what, value, self.global_step, batch, rollout)
+        self.log("update/skipped", 1.0)
+
+    def take_step(self) -> None:
+        """Notes that a step is taken."""
+        self.skipped.in_a_row = 0
+        self.log("update/skipped", 0.0)
 
     @contextmanager
     def generating(self) -> Iterator[None]:
@@ -315,27 +341,3 @@ def require_rollout(batch: PromptBatch) -> Rollout:
             "the batch has no rollout: add drift.callbacks.RolloutCallback to the trainer's callbacks"
         )
     return batch.rollout
-
-
-def sample_error(message: str, step: int, batch: PromptBatch, rollout: Rollout, rows: Tensor) -> SampleError:
-    """The error that shows the samples behind it.
-
-    Args:
-        message: what happened.
-        step: optimizer steps taken before.
-        batch: the prompts.
-        rollout: their rollout, with advantages.
-        rows: [n] int64, the rollouts to show.
-    """
-    assert rollout.advantages is not None
-    return SampleError(
-        f"{message} at step {step}: the weights are as before this step; look at the samples, or go back to "
-        "an earlier checkpoint with a lower model.optimizer.lr",
-        {
-            "step": step,
-            "positions": batch.positions.tolist(),
-            "prompts": [problem.prompt for problem in batch.problems],
-            "completion_ids": rollout.completion_ids[rows].tolist(),
-            "advantages": rollout.advantages[rows].tolist(),
-        },
-    )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from drift.contract import ConfigError, MaskedBatch, PromptBatch
+from drift.finite import finite_on_all_ranks
 from drift.logprobs import token_logprobs
 from drift.models import LoRAConfig
 from drift.optimizer import OptimizerConfig, clip_gradients
@@ -49,6 +52,7 @@ class SFTModule(PolicyModule):
             policy, optimizer, dtype, random_init, lora, activation_checkpointing, gather_for_rollout
         )
         self.seed = seed
+        self._batch: PromptBatch  # at hand
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """The loss of one batch of demonstrations."""
@@ -57,6 +61,7 @@ class SFTModule(PolicyModule):
                 "the batch has no demonstrations: set data.demonstration_length, and use a task whose "
                 "problems have them"
             )
+        self._batch = batch
         noisy, share = mask_demonstrations(batch, self.policy.mask_token_id, self.seed)
         logp = token_logprobs(self.policy, noisy).logp
         loss = -(logp / share[:, None]).sum() / logp.numel()
@@ -64,9 +69,18 @@ class SFTModule(PolicyModule):
         return loss
 
     def configure_gradient_clipping(self, optimizer: object, *_: object, **__: object) -> None:
-        """Clips by the optimizer's setting: the trainer's would be a second place for it."""
+        """Clips by the optimizer's setting, which the trainer's would be a second place for."""
         norm = clip_gradients(self.policy.parameters(), self.optimizer_config.gradient_clip)
-        self.log("update/grad_norm", norm)
+        if finite_on_all_ranks(norm):
+            self.take_step()
+            self.log("update/grad_norm", norm)
+        else:
+            self.skip_step("the norm of the gradient", norm, self._batch)
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Steps the schedule, unless the optimizer's step was skipped."""
+        if not self.skipped.in_a_row:
+            scheduler.step()
 
 
 def mask_demonstrations(batch: PromptBatch, mask_token_id: int, seed: int) -> tuple[MaskedBatch, Tensor]:

@@ -91,12 +91,13 @@ def test_looks_at_the_logged_figures_of_steps_that_had_some():
     found, trainer = callback(window=1), SimpleNamespace(callback_metrics={})
 
     def end_of_step(**figures: float) -> None:
-        names = {"kl": "mismatch/kl", "states": "update/noisy_states"}
+        names = {"kl": "mismatch/kl", "states": "update/noisy_states", "skipped": "update/skipped"}
         trainer.callback_metrics = {names[key]: torch.tensor(value) for key, value in figures.items()}
         found.on_train_batch_end(trainer, None, None, None, 0)
 
     end_of_step(states=24.0)  # not measured
     end_of_step(kl=0.0, states=0.0)  # nothing to measure
+    end_of_step(kl=0.5, states=24.0, skipped=1.0)  # figures of the step before
     assert not found.recent
     end_of_step(kl=0.01, states=24.0)
     assert list(found.recent) == [pytest.approx(0.01)]
