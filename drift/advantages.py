@@ -58,6 +58,16 @@ def select_groups(rewards: Tensor, num_timesteps: Tensor, group_size: int, num_g
     return (chosen[:, None] * group_size + torch.arange(group_size, device=rewards.device)).flatten()
 
 
+def groups_with_spread(rewards: Tensor, group_size: int) -> Tensor:
+    """[G] bool, groups whose rewards differ.
+
+    Args:
+        rewards: [N] float, groups one after the other.
+        group_size: completions of a prompt.
+    """
+    return _differs(rewards.float().unflatten(0, (-1, group_size)))
+
+
 def _differs(groups: Tensor) -> Tensor:
     """[G] bool, groups whose rewards are not all equal, of [G,group_size]."""
     return groups.amax(dim=1) > groups.amin(dim=1)

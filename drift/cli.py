@@ -37,7 +37,8 @@ from drift.callbacks import (
     SummaryCallback,
 )
 from drift.callbacks.agreement import AgreedConfigCallback
-from drift.contract import ConfigError, SampleError, StorageError
+from drift.callbacks.collapse import require_not_stopped
+from drift.contract import ConfigError, SampleError, StorageError, TrainingStopped
 from drift.data import PromptDataModule
 from drift.messages import explain, nearest
 from drift.module import RLDFModule
@@ -158,7 +159,7 @@ def run(arguments: Sequence[str]) -> None:
         arguments: the command and what follows it, as on the command line.
     """
     with errors_in_one_line():
-        _start(DriftCLI, *arguments)
+        require_not_stopped(_start(DriftCLI, *arguments).trainer)
 
 
 def parsed(arguments: Sequence[str]) -> Any:
@@ -195,7 +196,7 @@ def errors_in_one_line() -> Iterator[None]:
     """A context whose foreseen errors end the process with one line."""
     try:
         yield
-    except (SampleError, StorageError) as error:
+    except (SampleError, StorageError, TrainingStopped) as error:
         sys.exit(f"drift: stopped: {error}")
     except MisconfigurationException as error:
         sys.exit(f"drift: error: {' '.join(str(error).split())}")

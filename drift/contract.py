@@ -55,6 +55,10 @@ class SampleError(RuntimeError):
         self.tensors = dict(tensors or {})
 
 
+class TrainingStopped(RuntimeError):
+    """Training was ended by what its figures said; the checkpoints are written and the message says why."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Problem:
     """One problem: what the policy is asked, and what its reward needs to judge the answer."""

@@ -10,7 +10,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from drift.advantages import group_advantages, select_groups
+from drift.advantages import group_advantages, groups_with_spread, select_groups
 from drift.contract import ConfigError, LossOutput, MaskedBatch, PromptBatch, Rollout, TokenLogProbs
 from drift.distributed import (
     gather_over_ranks,
@@ -191,6 +191,8 @@ class RLDFModule(PolicyModule):
         rewards = rollout.rewards.sum(dim=1)
         group_size = len(rewards) // len(batch.problems)
         rollout.advantages = group_advantages(rewards, group_size)
+        spread = rows_over_ranks(groups_with_spread(rewards, group_size).float())
+        self.log("reward/spread", spread.mean())
         if self.train_groups is not None:
             # Of all ranks together: which groups are the best must not depend on who rolled them out.
             everyone = rows_over_ranks(rewards), rows_over_ranks(rollout.num_timesteps)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drift.advantages import group_advantages, select_groups
+from drift.advantages import group_advantages, groups_with_spread, select_groups
 
 
 @pytest.mark.parametrize(
@@ -64,3 +64,8 @@ def test_select_groups(num_groups: int, groups: list[int]):
 
 def test_groups_alike_are_taken_in_their_order():
     assert select_groups(torch.tensor([0, 1.0] * 4), torch.full((8,), 5), 2, 2).tolist() == [0, 1, 2, 3]
+
+
+def test_groups_with_spread_are_those_whose_rewards_differ():
+    rewards = torch.tensor([0.1, 0.1, 0.1, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
+    assert groups_with_spread(rewards, 3).tolist() == [False, True, False]

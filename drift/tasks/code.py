@@ -125,8 +125,8 @@ def require_tests(sources: Sequence[str], prefix: str, name: str) -> None:
         for loop in ast.walk(ast.parse(source)):
             if isinstance(loop, ast.While) and _is_endless(loop):
                 raise ConfigError(
-                    f"field {name!r} cannot be used: the loop in line {loop.lineno} of test {number} does not "
-                    "end; correct the data"
+                    f"field {name!r} cannot be used: the loop in line {loop.lineno} of test {number} does "
+                    "not end; correct the data"
                 )
 
 
