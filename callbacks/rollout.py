@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from drift.contract import ConfigError, PromptBatch, Rollout
+from drift.distributed import failing_together
 from drift.evaluation import GridConfig
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 from drift.rollout import DenoiseConfig, rollout_groups
-from drift.tasks import ExtraReward, Task, judge, part_names
+from drift.tasks import ExtraReward, Task, judge, part_names, require_limit, reward_limit
 
 
 class RolloutCallback(Callback):
@@ -33,6 +34,8 @@ class RolloutCallback(Callback):
         batch_size: rows that are decoded at once on each rank; None: all.
         seed: of all draws; each is keyed by (seed, the prompt's place in the stream, the completion's place
             in its group).
+        reward_timeout_seconds: how long the rewards of a batch may take, > 0; then training stops with an
+            error that names the reward, the completion and the line that it hangs at. None: any time.
 
     Raises:
         ConfigError: where a value is outside its range, or lengths don't fit.
@@ -49,6 +52,7 @@ class RolloutCallback(Callback):
         extra_rewards: list[ExtraReward] | None = None,
         batch_size: int | None = None,
         seed: int = 0,
+        reward_timeout_seconds: float | None = 1200.0,
     ) -> None:
         if group_size < 2:
             raise ConfigError(
@@ -67,6 +71,7 @@ class RolloutCallback(Callback):
         self.extra_rewards = extra_rewards or []
         self.batch_size = batch_size
         self.seed = seed
+        self.reward_timeout_seconds = reward_timeout_seconds
         self.seconds: dict[str, float] = {}
         self._evaluation = ExitStack()
         decode.require_fits(self.completion_length)
@@ -83,6 +88,7 @@ class RolloutCallback(Callback):
             )
         pl_module.cells = self.cells[stage]
         self._require_room(pl_module, _longest_prompt(trainer, stage))
+        require_limit(self.reward_timeout_seconds)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.measure_parts(part_names(data.task.reward, self.extra_rewards))
         pl_module.experience = partial(self.experience, trainer)
@@ -121,7 +127,7 @@ class RolloutCallback(Callback):
                 module, batch, self.completion_length, self.decode, self.group_size, self.seed
             )
             start = time.perf_counter()
-            self._judge(data, data.task, batch, rollout)
+            self._judge(trainer, module, data.task, batch, rollout)
             self.seconds = {
                 "rollout/seconds": rollout.seconds,
                 "reward/seconds": time.perf_counter() - start,
@@ -132,7 +138,7 @@ class RolloutCallback(Callback):
         grid = []
         for cell in module.cells:
             rollout = self._generate(module, batch, cell.length, cell.decode, cell.samples, cell.seed)
-            self._judge(data, task, batch, rollout)
+            self._judge(trainer, module, task, batch, rollout)
             rollout.finished = data.template.finished(rollout.completion_ids)
             grid.append(rollout)
         return replace(batch, rollout=grid[0], grid=grid)
@@ -147,6 +153,7 @@ class RolloutCallback(Callback):
         seed: int,
     ) -> Rollout:
         start = time.perf_counter()
+        module.report("rollout", 0, 1)
         with module.generating():
             rollout = rollout_groups(
                 module.policy,
@@ -161,11 +168,18 @@ class RolloutCallback(Callback):
         rollout.seconds = time.perf_counter() - start
         return rollout
 
-    def _judge(self, data: Any, task: Task, batch: PromptBatch, rollout: Rollout) -> None:
+    def _judge(
+        self, trainer: Trainer, module: PolicyModule, task: Task, batch: PromptBatch, rollout: Rollout
+    ) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         group_size = len(rollout.completion_ids) // len(batch.problems)
         problems = [problem for problem in batch.problems for _ in range(group_size)]
         answers = data.template.answers(rollout.completion_ids, problems)
-        judge(batch, rollout, answers, task.reward, self.extra_rewards)
+        module.report("reward", 0, 1)
+        # In evaluation a rank may have no batch while another has one.
+        together = failing_together() if trainer.training else nullcontext()
+        with together, reward_limit(self.reward_timeout_seconds, answers, problems):
+            judge(batch, rollout, answers, task.reward, self.extra_rewards)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Around all batches: ranks may have different numbers of them.

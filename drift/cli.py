@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 import re
 import sys
 import warnings
@@ -38,7 +39,7 @@ from drift.callbacks import (
 )
 from drift.callbacks.agreement import AgreedConfigCallback
 from drift.callbacks.collapse import require_not_stopped
-from drift.contract import ConfigError, SampleError, StorageError, TrainingStopped
+from drift.contract import ConfigError, HungError, SampleError, StorageError, TrainingStopped
 from drift.data import PromptDataModule
 from drift.messages import explain, nearest
 from drift.module import RLDFModule
@@ -69,7 +70,6 @@ _SHORT_NAMES = {
     "task": (drift.tasks, "Task"),
     "reward": (drift.rewards, "Reward"),
 }
-
 
 # What Lightning says of things that are as they should be here.
 _HARMLESS = (
@@ -196,6 +196,10 @@ def errors_in_one_line() -> Iterator[None]:
     """A context whose foreseen errors end the process with one line."""
     try:
         yield
+    except HungError as error:
+        sys.stdout.flush()
+        sys.stderr.write(f"drift: stopped: {error}\n")
+        os._exit(1)
     except (SampleError, StorageError, TrainingStopped) as error:
         sys.exit(f"drift: stopped: {error}")
     except MisconfigurationException as error:

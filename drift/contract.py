@@ -55,6 +55,10 @@ class SampleError(RuntimeError):
         self.tensors = dict(tensors or {})
 
 
+class HungError(SampleError):
+    """A reward did not come back; threads of its may still run, and the interpreter would wait for them."""
+
+
 class TrainingStopped(RuntimeError):
     """Training was ended by what its figures said; the checkpoints are written and the message says why."""
 

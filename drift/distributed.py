@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from drift.contract import ConfigError
+from drift.contract import ConfigError, SampleError
 
 
 def world_size() -> int:
@@ -52,6 +52,25 @@ def gather_over_ranks(value: Any) -> list[Any]:
         values = [None] * world_size()
         dist.all_gather_object(values, value)
     return values
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A context that every rank must enter: a SampleError of one of them is raised on all.
+
+    One rank alone would stop, while the others wait for it.
+    """
+    error = None
+    try:
+        yield
+    except SampleError as found:
+        error = found
+    messages = gather_over_ranks(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for number, message in enumerate(messages):
+        if message is not None:
+            raise SampleError(f"rank {number}: {message}", {"rank": number})
 
 
 def rows_over_ranks(value: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ class MathReward(Reward):
     else. Equal answers of a batch are judged once.
 
     Args:
-        timeout_seconds: time for the judgement of one answer, > 0.
+        timeout_seconds: time for the judgement of one answer, > 0 and finite.
         num_workers: judge processes, >= 1, started when first needed.
 
     Raises:
@@ -36,8 +37,10 @@ class MathReward(Reward):
     """
 
     def __init__(self, timeout_seconds: float = 5.0, num_workers: int = 2) -> None:
-        if not timeout_seconds > 0:
-            raise ConfigError(f"timeout_seconds={timeout_seconds!r} of MathReward must be greater than 0")
+        if not 0 < timeout_seconds < math.inf:
+            raise ConfigError(
+                f"timeout_seconds={timeout_seconds!r} of MathReward must be greater than 0 and finite"
+            )
         if num_workers < 1:
             raise ConfigError(f"num_workers={num_workers!r} of MathReward must be at least 1")
         self.timeout_seconds = timeout_seconds

@@ -4,6 +4,7 @@ from drift.tasks.base import Task
 from drift.tasks.code import CodeTask
 from drift.tasks.code_benchmarks import HumanEvalTask, MbppTask
 from drift.tasks.countdown import CountdownTask
+from drift.tasks.limit import require_limit, reward_limit
 from drift.tasks.math import BoxedMathTask, Gsm8kTask, MathTask
 from drift.tasks.procedural import ProceduralTask
 from drift.tasks.reasoning_gym import ReasoningGymTask
@@ -25,5 +26,7 @@ __all__ = [
     "Task",
     "judge",
     "part_names",
+    "require_limit",
+    "reward_limit",
     "score",
 ]

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 
 import drift.callbacks.rollout
 from drift.callbacks import RolloutCallback
-from drift.contract import ConfigError, PromptBatch, Rollout, SampleError
+from drift.contract import ConfigError, HungError, PromptBatch, Rollout, SampleError
 from drift.data import PromptDataModule
 from drift.models import load_policy, load_tokenizer
 from drift.module import RLDFModule
@@ -230,6 +231,20 @@ def test_a_reward_that_cannot_judge_stops_training(train, spread_task, problem: 
         train(1)
 
 
+def test_a_reward_that_hangs_stops_training(train, spread_task):
+    class SlowReward(PerSampleReward):
+        def score(self, completion, problem):
+            time.sleep(60)
+            return 0.0
+
+    spread_task.reward = SlowReward()
+    with pytest.raises(
+        HungError, match=r"SlowReward did not come back within 0\.5 s .*completion 0 of 6"
+    ) as error:
+        train(1, reward_timeout_seconds=0.5)
+    assert len(error.value.sample["completions"]) == 6
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -248,6 +263,11 @@ def test_settings_out_of_range(settings: dict, message: str):
 def test_an_evaluation_length_of_0_is_refused():
     with pytest.raises(ConfigError, match="length is 0"):
         rollout_callback(evaluation_length=0)
+
+
+def test_a_time_limit_of_0_is_refused(train):
+    with pytest.raises(ConfigError, match=r"rollout\.reward_timeout_seconds is 0\.0: set it to a positive"):
+        train(1, reward_timeout_seconds=0.0)
 
 
 def test_only_modules_with_a_policy_can_be_rolled_out(make_trainer):

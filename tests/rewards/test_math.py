@@ -157,6 +157,7 @@ def test_copies_carry_the_settings_alone():
         ({"timeout_seconds": 0}, "timeout_seconds=0 "),
         ({"timeout_seconds": -1.0}, "timeout_seconds=-1.0 "),
         ({"timeout_seconds": float("nan")}, "timeout_seconds=nan "),
+        ({"timeout_seconds": float("inf")}, "timeout_seconds=inf "),
         ({"num_workers": 0}, "num_workers=0 "),
     ],
 )
