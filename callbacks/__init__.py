@@ -14,6 +14,7 @@ from drift.callbacks.rescue import RescueCallback
 from drift.callbacks.rollout import RolloutCallback
 from drift.callbacks.samples import SampleTableCallback
 from drift.callbacks.summary import SummaryCallback
+from drift.callbacks.watchdog import WatchdogCallback
 
 __all__ = [
     "AnswerCallback",
@@ -30,4 +31,5 @@ __all__ = [
     "RolloutCallback",
     "SampleTableCallback",
     "SummaryCallback",
+    "WatchdogCallback",
 ]

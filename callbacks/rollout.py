@@ -180,6 +180,7 @@ class RolloutCallback(Callback):
         together = failing_together() if trainer.training else nullcontext()
         with together, reward_limit(self.reward_timeout_seconds, answers, problems):
             judge(batch, rollout, answers, task.reward, self.extra_rewards)
+            module.report("reward", 1, 1)
 
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Around all batches: ranks may have different numbers of them.

@@ -36,6 +36,7 @@ from drift.callbacks import (
     RolloutCallback,
     SampleTableCallback,
     SummaryCallback,
+    WatchdogCallback,
 )
 from drift.callbacks.agreement import AgreedConfigCallback
 from drift.callbacks.collapse import require_not_stopped
@@ -49,6 +50,7 @@ from drift.sft import SFTModule
 from drift.storage import require_writable
 
 _CALLBACKS = {
+    "watchdog": WatchdogCallback,
     "prompt": PromptCallback,
     "doctor": DoctorCallback,
     "rollout": RolloutCallback,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from itertools import chain
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,6 +36,19 @@ def rank() -> int:
 def is_first_process() -> bool:
     """Whether this is the first rank's process; known before the ranks have met, by what launched them."""
     return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def ranks_store(timeout: timedelta) -> Store:
+    """A connection of one's own to the store through which the ranks have met, for one thread.
+
+    Args:
+        timeout: how long to wait for a value.
+    """
+    # The ranks' own is in use by their collectives, and a thread that waits in it would hold those up.
+    default: Any = _get_default_store()
+    store = PrefixStore("drift", default.clone())
+    store.set_timeout(timeout)
+    return store
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

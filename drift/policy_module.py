@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.distributed import gathered, joined, shard
 from drift.evaluation import Cell, CellResult, Tally, logged
 from drift.finite import SkippedSteps
+from drift.heartbeat import Stage
 from drift.metrics import RolloutMetrics
 from drift.models import (
     DiffusionLM,
@@ -102,6 +104,7 @@ class PolicyModule(LightningModule):
         self.cells: list[Cell] = []  # of the evaluation at hand; the rollout callback sets them
         self.tally = Tally()
         self.results: dict[tuple[int, int], CellResult] = {}  # of the last evaluation, by (set, cell)
+        self.stage = Stage("setup", 0, 1, time.monotonic())
         self.policy: DiffusionLM
 
     def setup(self, stage: str) -> None:
@@ -274,7 +277,11 @@ class PolicyModule(LightningModule):
         self.policy.head(self.policy(token))
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Tells the progress bar, where there is one, how far a stage of this step is; may stop training."""
+        """Tells the progress bar, where there is one, and other ranks how far a stage of this step is.
+
+        Where a signal has asked for it, this stops training.
+        """
+        self.stage = Stage(stage, done, total, time.monotonic())
         if self.between_passes is not None:
             self.between_passes(stage)
         if self.on_progress is not None:

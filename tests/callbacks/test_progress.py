@@ -38,7 +38,8 @@ def test_one_bar_counts_steps_and_shows_the_stage(tiny_folder, spread_task, make
     spy = Spy()
     trainer = train(tiny_folder, spread_task, make_trainer, spy, 2, micro_batch_size=12)
     # Two blocks of a rollout; then 2 prompts x 2 completions x 4 timesteps = 16 noisy states, 8 and 8.
-    stages = ["rollout   0%", "rollout  50%", "rollout 100%", "reward   0%", "update  50%", "update 100%"]
+    stages = ["rollout   0%", "rollout  50%", "rollout 100%"]
+    stages += ["reward   0%", "reward 100%", "update  50%", "update 100%"]
     expected = [f"{stage}: " for stage in stages]
     assert spy.shown == expected * 2
     assert spy.starts == [1, 2]
