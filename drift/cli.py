@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import re
@@ -10,17 +9,13 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import drift.rewards
-import drift.samplers
-import drift.tasks
+from drift.arguments import expanded, shipped_configs
 from drift.callbacks import (
     AnswerCallback,
     CheckpointCallback,
@@ -42,7 +37,7 @@ from drift.callbacks.agreement import AgreedConfigCallback
 from drift.callbacks.collapse import require_not_stopped
 from drift.contract import ConfigError, HungError, SampleError, StorageError, TrainingStopped
 from drift.data import PromptDataModule
-from drift.messages import explain, nearest
+from drift.messages import explain
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 from drift.resume import RESUME_HELP, require_checkpoint, starting_checkpoint
@@ -65,12 +60,6 @@ _CALLBACKS = {
     "answers": AnswerCallback,
     "predictions": PredictionCallback,
     "checkpoint": CheckpointCallback,
-}
-# Settings that take a class: its short name and what it may leave out (`Uniform` for `UniformSampler`).
-_SHORT_NAMES = {
-    "sampler": (drift.samplers, "Sampler"),
-    "task": (drift.tasks, "Task"),
-    "reward": (drift.rewards, "Reward"),
 }
 
 # What Lightning says of things that are as they should be here.
@@ -184,7 +173,7 @@ def _start(kind: type[DriftCLI], command: str, *rest: str) -> DriftCLI:
     return kind(
         module,
         PromptDataModule,
-        args=[method, *_expanded(rest)],
+        args=[method, *expanded(rest)],
         parser_class=DriftParser,
         parser_kwargs={"prog": "drift", "allow_abbrev": False, method: _parser_settings(command)},
         seed_everything_default=0,
@@ -234,14 +223,6 @@ def _config_error(error: BaseException | None) -> ConfigError | None:
     return error
 
 
-def shipped_configs() -> dict[str, Path]:
-    """The configs that come with drift, by the names under which `--config` finds them."""
-    folder = Path(str(files("drift.configs")))
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))
-    }
-
-
 def _parser_settings(command: str) -> dict[str, Any]:
     shipped = shipped_configs()
     # What only some commands take cannot stand in the base.
@@ -251,60 +232,3 @@ def _parser_settings(command: str) -> dict[str, Any]:
         "usage": f"drift {command} [--config NAME_OR_FILE ...] [--KEY VALUE ...]",
         "default_config_files": defaults,
     }
-
-
-def _expanded(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments, with shipped configs and short class names written out."""
-    key = ""
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if argument.startswith("-"):
-            key = name
-            yield f"{name}={_full_value(key, value)}" if equals else argument
-        else:
-            yield _full_value(key, argument)
-            key = ""
-
-
-def _full_value(key: str, value: str) -> str:
-    if key in ("--config", "-c"):
-        return _config_file(value)
-    module, suffix = _SHORT_NAMES.get(key.rpartition(".")[2], (None, ""))
-    if module is None or not value.isidentifier() or value == "null":
-        return value  # a path or a file of the user's own
-    names = [
-        name.removesuffix(suffix)
-        for name in module.__all__
-        if name.endswith(suffix) and not inspect.isabstract(getattr(module, name))
-    ]
-    if value.removesuffix(suffix) not in names:
-        raise ConfigError(
-            f"{key} is {value!r}: there is no such class{nearest(value, names)}; give one of "
-            f"{', '.join(names)}, or the path of your own class"
-        )
-    return value.removesuffix(suffix) + suffix
-
-
-def _require_settings(file: Path) -> None:
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"--config is {str(file)!r}: it is no YAML: {reason}; correct it") from error
-    if not isinstance(found, dict):
-        kind = "nothing" if found is None else type(found).__name__
-        raise ConfigError(f"--config is {str(file)!r}: it holds {kind}; it must hold settings, KEY: VALUE")
-
-
-def _config_file(value: str) -> str:
-    if Path(value).is_file():
-        _require_settings(Path(value))
-        return value
-    shipped = shipped_configs()
-    name = value.removesuffix(".yaml")
-    if name not in shipped:
-        raise ConfigError(
-            f"--config is {value!r}: there is no such file and no shipped config of that name"
-            f"{nearest(name, list(shipped))}; shipped: {', '.join(shipped)}"
-        )
-    return str(shipped[name])

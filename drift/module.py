@@ -27,6 +27,7 @@ from drift.finite import finite_on_all_ranks
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
+from drift.measured_module import require_rollout
 from drift.models import (
     DiffusionLM,
     LoRAConfig,
@@ -37,7 +38,7 @@ from drift.models import (
     weights_of,
 )
 from drift.optimizer import OptimizerConfig, clip_gradients
-from drift.policy_module import DType, PolicyModule, require_rollout
+from drift.policy_module import DType, PolicyModule
 from drift.randomness import fold
 from drift.samplers import TimestepSampler, WeightedSampler
 

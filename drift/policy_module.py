@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from drift.checkpoints import require_adapters_of, require_resumable, require_weights_of
 from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.distributed import gathered, joined, shard
-from drift.evaluation import Cell, CellResult, Tally, logged
 from drift.finite import SkippedSteps
 from drift.heartbeat import Stage
-from drift.metrics import RolloutMetrics
+from drift.measured_module import MeasuredModule
 from drift.models import (
     DiffusionLM,
     LoRAConfig,
@@ -44,7 +42,7 @@ _SKIPPED = "skipped_in_a_row"
 Experience = Callable[["PolicyModule", PromptBatch, int], PromptBatch]
 
 
-class PolicyModule(LightningModule):
+class PolicyModule(MeasuredModule):
     """Owns the policy, and evaluates the rollouts that the rollout callback attaches to every batch.
 
     Args:
@@ -100,10 +98,6 @@ class PolicyModule(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.gather_for_rollout = gather_for_rollout
         self._own_pace = False
-        self.rollout_metrics = RolloutMetrics()
-        self.cells: list[Cell] = []  # of the evaluation at hand; the rollout callback sets them
-        self.tally = Tally()
-        self.results: dict[tuple[int, int], CellResult] = {}  # of the last evaluation, by (set, cell)
         self.stage = Stage("setup", 0, 1, time.monotonic())
         self.policy: DiffusionLM
 
@@ -286,65 +280,3 @@ class PolicyModule(LightningModule):
             self.between_passes(stage)
         if self.on_progress is not None:
             self.on_progress(stage, done, total)
-
-    def measure_parts(self, reward_names: Sequence[str]) -> None:
-        """Measures every part of training rollouts' reward, too, from here on.
-
-        Args:
-            reward_names: [R] the parts of each rollout that comes, the same on every rank.
-        """
-        self.rollout_metrics = RolloutMetrics(reward_names)
-
-    def measure(self, rollout: Rollout) -> dict[str, Tensor]:
-        """What a training rollout was like, over all ranks, by the names under which it is logged."""
-        self.rollout_metrics.update(rollout)
-        found = self.rollout_metrics.compute()
-        self.rollout_metrics.reset()
-        names = {
-            "reward/mean": "reward",
-            "reward/accuracy": "accuracy",
-            "rollout/timesteps": "timesteps",
-            "rollout/tokens_per_forward": "tokens_per_forward",
-        }
-        parts = {name: value for name, value in found.items() if name.startswith("reward/")}
-        return {**{name: found[metric] for name, metric in names.items()}, **parts}
-
-    def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Keeps what counts of the batch's answers."""
-        require_rollout(batch)
-        self.tally.add(dataloader_idx, batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs `val/accuracy` and its fellows."""
-        self._log_results("val", "validation")
-
-    def test_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Keeps what counts of the batch's answers."""
-        require_rollout(batch)
-        self.tally.add(dataloader_idx, batch)
-
-    def on_test_epoch_end(self) -> None:
-        """Logs `test/accuracy` and its fellows, or `test/SET/LENGTH/DECODE/accuracy` of each cell."""
-        self._log_results("test", "test")
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> PromptBatch:
-        """The batch with its rollout."""
-        require_rollout(batch)
-        return batch
-
-    def _log_results(self, prefix: str, split: str) -> None:
-        # Computed here, over all ranks: an interval can't be averaged.
-        self.results = self.tally.close()
-        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        names = [found.name for found in data.evaluation_sets[split]]
-        values = logged(self.results, names, self.cells)
-        self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, rank_zero_only=False)
-
-
-def require_rollout(batch: PromptBatch) -> Rollout:
-    """The batch's rollout; raises ConfigError where nothing has attached one."""
-    if batch.rollout is None:
-        raise ConfigError(
-            "the batch has no rollout: add drift.callbacks.RolloutCallback to the trainer's callbacks"
-        )
-    return batch.rollout

@@ -13,7 +13,8 @@ import yaml
 import drift.cli
 import drift.commands
 from drift import __version__
-from drift.cli import run, shipped_configs
+from drift.arguments import shipped_configs
+from drift.cli import run
 from drift.models.characters import character_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

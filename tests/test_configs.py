@@ -9,8 +9,9 @@ import yaml
 from lightning.pytorch.strategies import DDPStrategy
 
 import drift.cli
+from drift.arguments import shipped_configs
 from drift.callbacks import RolloutCallback
-from drift.cli import run, shipped_configs
+from drift.cli import run
 from drift.data import PromptDataModule
 from drift.losses import LossConfig
 from drift.models.characters import character_tokenizer

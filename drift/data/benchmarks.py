@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from lightning.pytorch.utilities import rank_zero_info
 
 from drift.contract import ConfigError
 from drift.data.sources import Source, load_all_rows
+from drift.data.stream import fitting_rows
 from drift.data.template import PromptTemplate
 from drift.fingerprint import describe, digest
 from drift.tasks import ProceduralTask, Task
@@ -109,6 +111,44 @@ class EvaluationSource:
         if self.source is None:
             return procedural(self.task, self.key).rows(split, self.num)
         return load_all_rows(self.source, self.task, self.key)
+
+    def fitting(self, split: str, template: PromptTemplate, *, drop_long: bool) -> EvaluationSet:
+        """The set, with every row of a file looked at: none may stop a run after hours.
+
+        Args:
+            split: of the puzzles, where the task makes them.
+            template: renders and tokenises its prompts.
+            drop_long: leave out prompts longer than the template's `max_length`, and don't raise.
+
+        Raises:
+            ConfigError: where rows cannot be read or made, or a row cannot be used.
+        """
+        rows: Any = self.load(split)
+        if isinstance(rows, Dataset):
+            num, rows = len(rows), fitting_rows(rows, self.task, template, self.where, drop_long=drop_long)
+            if len(rows) < num:
+                rank_zero_info(f"{self.where}: {num - len(rows)} of {num} rows are left out: too long")
+        return EvaluationSet(name=self.name, rows=rows, task=self.task, where=self.where)
+
+
+def rows_to_compare(
+    sources: Mapping[str, Sequence[EvaluationSource]], *, made: bool
+) -> list[tuple[str, Any, Task]]:
+    """What training rows must not hold: each set's place in words, its rows and their task.
+
+    Args:
+        sources: of the evaluation sets, by split.
+        made: also rows that a task makes; where it makes the training rows, too, they are apart from these.
+
+    Raises:
+        ConfigError: where rows cannot be read.
+    """
+    return [
+        (source.where, source.load(split), source.task)
+        for split, sets in sources.items()
+        for source in sets
+        if source.source is not None or (made and isinstance(source.task, ProceduralTask))
+    ]
 
 
 def procedural(task: Task, key: str) -> ProceduralTask:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
-from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from drift.contract import ConfigError, Problem, PromptBatch
-from drift.data.benchmarks import Benchmark, EvaluationSet, chosen, evaluation_sources, procedural
-from drift.data.guard import ContaminationGuard, EvaluationRows
+from drift.data.benchmarks import (
+    Benchmark,
+    EvaluationSet,
+    chosen,
+    evaluation_sources,
+    procedural,
+    rows_to_compare,
+)
+from drift.data.guard import ContaminationGuard
 from drift.data.sources import Source, load_rows
 from drift.data.stream import (
     EvaluationPrompts,
@@ -169,7 +174,8 @@ class PromptDataModule(LightningDataModule):
         split = "validation" if stage in ("fit", "validate") else "test"
         self.evaluation_sets[split] = self.load_sets(split, needed=stage != "fit")
         if stage == "fit":
-            self.guard.compare_with(self._judged_by())
+            made = self.train_source is not None
+            self.guard.compare_with(rows_to_compare(self.evaluation_sources, made=made))
             self._train = self._training_rows()
             first = self._first or islice(self._train.starting_at(0), _NUM_EXAMPLES)
             self.examples = [self.task.problem(row) for row in first]
@@ -225,17 +231,12 @@ class PromptDataModule(LightningDataModule):
         Raises:
             ConfigError: where rows cannot be read, or a row cannot be used.
         """
-        found = []
-        for source in self.evaluation_sources[split]:
-            if not needed and source.source is None and not isinstance(source.task, ProceduralTask):
-                continue
-            rows = source.load(split)
-            if isinstance(rows, Dataset):
-                num, rows = len(rows), self._checked(rows, source.task, source.where)
-                if len(rows) < num:
-                    rank_zero_info(f"{source.where}: {num - len(rows)} of {num} rows are left out: too long")
-            found.append(EvaluationSet(name=source.name, rows=rows, task=source.task, where=source.where))
-        return found
+        drop = self.long_prompts == "drop"
+        return [
+            source.fitting(split, self.template, drop_long=drop)
+            for source in self.evaluation_sources[split]
+            if needed or source.source is not None or isinstance(source.task, ProceduralTask)
+        ]
 
     def _policy_folder(self) -> Any:
         module = None if self.trainer is None else self.trainer.lightning_module
@@ -261,42 +262,20 @@ class PromptDataModule(LightningDataModule):
             self._first = list(islice(rows, _NUM_EXAMPLES))
             return StreamedRows(rows.shuffle(seed=self.seed, buffer_size=10_000) if self.shuffle else rows)
         left_out = self.guard.check(rows, self.task, where, self._run_folder)
-        checked = self._checked(rows, self.task, where, self.demonstration_length, left_out)
-        return ShuffledRows(checked, self.seed, self.shuffle)
-
-    def _judged_by(self) -> list[EvaluationRows]:
-        """What training rows must not hold: validation, and the test that is to follow."""
-        sources = [(split, found) for split, sets in self.evaluation_sources.items() for found in sets]
-        # Puzzles that a task makes for evaluation are apart from those that it makes for training.
-        made = self.train_source is not None
-        return [
-            (found.where, found.load(split), found.task)
-            for split, found in sources
-            if found.source is not None or (made and isinstance(found.task, ProceduralTask))
-        ]
+        fitting = fitting_rows(
+            rows,
+            self.task,
+            self.template,
+            where,
+            drop_long=self.long_prompts == "drop",
+            demonstration_length=self.demonstration_length,
+            skip=left_out,
+        )
+        return ShuffledRows(cast("Any", fitting), self.seed, self.shuffle)
 
     def _run_folder(self) -> Path | None:
         """The run's folder, for which all ranks must ask together; None without a trainer."""
         return None if self.trainer is None else Path(self.trainer.log_dir or self.trainer.default_root_dir)
-
-    def _checked(
-        self,
-        rows: Dataset,
-        task: Task,
-        where: str,
-        demonstration_length: int | None = None,
-        skip: Container[int] = (),
-    ) -> Dataset:
-        drop = self.long_prompts == "drop"
-        return fitting_rows(
-            rows,
-            task,
-            self.template,
-            where,
-            drop_long=drop,
-            demonstration_length=demonstration_length,
-            skip=skip,
-        )
 
     def _is_short(self, row: Mapping[str, Any]) -> bool:
         return self.template.num_tokens(self.task.problem(row)) <= self.max_prompt_length
@@ -311,17 +290,10 @@ class PromptDataModule(LightningDataModule):
         )
 
     def _loaders(self, split: str) -> Any:
-        loaders = [
-            DataLoader(
-                EvaluationPrompts(
-                    found.rows,
-                    self._collate(found.task, found.where),
-                    self.evaluation_batch_size,
-                    rank(),
-                    world_size(),
-                ),
-                batch_size=None,
-            )
-            for found in self.evaluation_sets[split]
+        share = rank(), world_size()
+        prompts = [
+            EvaluationPrompts(s.rows, self._collate(s.task, s.where), self.evaluation_batch_size, *share)
+            for s in self.evaluation_sets[split]
         ]
+        loaders = [DataLoader(batches, batch_size=None) for batches in prompts]
         return loaders[0] if len(loaders) == 1 else loaders

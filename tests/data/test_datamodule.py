@@ -10,7 +10,7 @@ import drift.module
 import drift.policy_module
 from drift.callbacks import RolloutCallback
 from drift.contract import ConfigError
-from drift.data import PromptDataModule, Source
+from drift.data import PromptDataModule, Source, benchmarks
 from drift.data import datamodule as module_under_test
 from drift.models.characters import MASK, character_tokenizer
 from drift.module import RLDFModule
@@ -164,7 +164,7 @@ def test_a_long_prompt_stops_before_training(tiny_folder: Path, write, split: st
 @pytest.mark.parametrize("streaming", [False, True])
 def test_drop_drops_long_prompts(tiny_folder: Path, write, streaming: bool, monkeypatch):
     said = []
-    monkeypatch.setattr(module_under_test, "rank_zero_info", said.append)
+    monkeypatch.setattr(benchmarks, "rank_zero_info", said.append)
     prompts = data(
         tiny_folder,
         train=write(LONG, streaming=streaming),
