@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,9 +18,6 @@ _STDIO_INSTRUCTION = (
     "Write a Python program that reads its input from standard input and prints its output. "
     "Place it within a single Python code block ```python ```. Write nothing after it."
 )
-# What stands in an inner function does not leave the loop around it.
-_SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-_LOOPS = (ast.For, ast.AsyncFor, ast.While)
 
 
 class CodeTask(Task):
@@ -107,7 +103,7 @@ class CodeTask(Task):
 
 
 def require_tests(sources: Sequence[str], prefix: str, name: str) -> None:
-    """Returns nothing if an answer can pass or fail the tests, and they come to an end.
+    """Returns nothing if an answer can pass or fail the tests.
 
     Args:
         sources: test code, see `CodeReward`.
@@ -115,31 +111,9 @@ def require_tests(sources: Sequence[str], prefix: str, name: str) -> None:
         name: the field they are from.
 
     Raises:
-        ConfigError: a source is no Python code, asserts nothing, or holds a loop without an end.
+        ConfigError: a source is no Python code, or asserts nothing.
     """
     try:
         split_tests(sources, prefix)
     except ValueError as error:
         raise ConfigError(f"field {name!r} cannot be used: {error}; correct the data") from error
-    for number, source in enumerate(sources):
-        for loop in ast.walk(ast.parse(source)):
-            if isinstance(loop, ast.While) and _is_endless(loop):
-                raise ConfigError(
-                    f"field {name!r} cannot be used: the loop in line {loop.lineno} of test {number} does "
-                    "not end; correct the data"
-                )
-
-
-def _is_endless(loop: ast.While) -> bool:
-    """Whether the condition is a constant and nothing in the body leaves the loop."""
-    always = isinstance(loop.test, ast.Constant) and bool(loop.test.value)
-    return always and not any(_exits(statement, inner=False) for statement in loop.body)
-
-
-def _exits(node: ast.AST, inner: bool) -> bool:
-    if isinstance(node, _SCOPES):
-        return False
-    if isinstance(node, ast.Return | ast.Raise) or (isinstance(node, ast.Break) and not inner):
-        return True
-    inner = inner or isinstance(node, _LOOPS)
-    return any(_exits(child, inner) for child in ast.iter_child_nodes(node))

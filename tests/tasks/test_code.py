@@ -82,41 +82,12 @@ def test_problems_are_judged(task: CodeTask):
         ({"test_list": [3]}, r"field 'test_list' is \[3\]"),
         ({"test_list": ["assert f("]}, "field 'test_list' cannot be used: test 0 is no Python code"),
         ({"test_list": ["f(1)"]}, "field 'test_list' cannot be used: test 0 has no assertion"),
-        (
-            {"test_list": ["while True:\n    assert f(1)"]},
-            "field 'test_list' .* loop in line 1 of test 0 does not end",
-        ),
         ({"prefix": 3}, "field 'prefix' is 3; it must be a text, or absent"),
     ],
 )
 def test_bad_functions_are_refused(task: CodeTask, change: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=r"data.train \(row 7\)(: | has )" + message):
         task.check({**FUNCTION, **change}, "data.train (row 7)")
-
-
-@pytest.mark.parametrize(
-    ("loop", "ends"),
-    [
-        ("while 1:\n    pass", False),
-        ("while True:\n    for i in range(3):\n        break", False),
-        ("while True:\n    def g():\n        return 1", False),
-        ("while True:\n    while x:\n        x = f(x)", False),
-        ("while True:\n    if f(x):\n        break", True),
-        ("while True:\n    for i in range(3):\n        raise ValueError", True),
-        ("def g():\n    while True:\n        return 1", True),
-        ("while x:\n    x = f(x)", True),
-        ("while False:\n    pass", True),
-    ],
-)
-def test_loops_without_an_end_are_refused(task: CodeTask, loop: str, ends: bool):
-    row = {**FUNCTION, "test_list": [f"x = 1\n{loop}\nassert f(1)"]}
-    if ends:
-        task.check(row, "row 7")
-    else:
-        with pytest.raises(
-            ConfigError, match="row 7: field 'test_list' cannot be used: the loop in line 2 of test 0"
-        ):
-            task.check(row, "row 7")
 
 
 @pytest.mark.parametrize(
