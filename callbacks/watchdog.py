@@ -73,7 +73,7 @@ class WatchdogCallback(Callback):
         """Says what all ranks were at, where this one fails: mostly because another one is gone."""
         own = isinstance(exception, SampleError) or not isinstance(exception, RuntimeError)
         if self.watch is not None and not own:
-            sys.stderr.write(f"drift: rank {rank()} fails ({exception}):\n{self.watch.report()}\n")
+            sys.stderr.write(f"drift: rank {rank()} fails ({exception}):\n{self.watch.news()}\n")
             sys.stderr.flush()
 
     def on_train_batch_start(

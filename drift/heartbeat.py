@@ -62,6 +62,7 @@ class RankWatch:
         self._store = ranks_store(timedelta(seconds=4 * self.interval_seconds))
         self._signs: dict[int, Sign] = {}
         self._trouble = ""
+        self._due = 0.0  # when the others are next looked at, time.monotonic()
         self._stopped = threading.Event()
 
     def start(self) -> None:
@@ -72,6 +73,12 @@ class RankWatch:
     def stop(self) -> None:
         """Ends both threads, the next time they wake."""
         self._stopped.set()
+
+    def news(self) -> str:
+        """The report, after a look at what the others said last; for the main thread."""
+        self._due = 0.0
+        time.sleep(3 * _GLANCE_SECONDS)
+        return self.report()
 
     def report(self) -> str:
         """A line for every rank: first those without a sign, then those that others wait for, by time."""
@@ -100,23 +107,25 @@ class RankWatch:
         stage, step = self._stage()
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         place = "an unknown line"
-        if frame is not None:
+        if threading.current_thread() is threading.main_thread():
+            place = "the error"
+        elif frame is not None:
             place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
         finished = stage.done >= stage.total
         return Sign(stage.name, step, finished, time.monotonic() - stage.since, time.time(), place)
 
     def _exchange(self) -> None:
-        due, told = 0.0, ""
+        told = ""
         while not self._stopped.wait(_GLANCE_SECONDS):
             stage, step = self._stage()
             at, now = f"{stage.name} {step}", time.monotonic()
-            if at == told and now < due:
+            if at == told and now < self._due:
                 continue
             try:
                 self._store.set(str(rank()), json.dumps(asdict(self._sign())))
                 told = at
-                if now >= due:
-                    due = now + self.interval_seconds
+                if now >= self._due:
+                    self._due = now + self.interval_seconds
                     self._read()
                 self._trouble = ""
             except RuntimeError as error:
