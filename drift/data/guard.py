@@ -264,7 +264,11 @@ def _write(hits: Sequence[Hit], folder: Path | None, *, more: bool = False) -> s
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lines = "".join(f"{json.dumps(asdict(hit))}\n" for hit in hits)
-        new = path.with_name(f".{_FILE}.new")
-        new.write_text((path.read_text(encoding="utf-8") if more else "") + lines, encoding="utf-8")
-        new.replace(path)
+        if more:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+        else:
+            new = path.with_name(f".{_FILE}.new")
+            new.write_text(lines, encoding="utf-8")
+            new.replace(path)
     return f", listed in {path}"
