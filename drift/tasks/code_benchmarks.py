@@ -43,10 +43,6 @@ class MbppTask(CodeTask):
             "test_list": [source],
         }
 
-    def own_text(self, row: Mapping[str, Any]) -> str:
-        """The question without the instruction, by which rows of different files are compared."""
-        return self.with_tests(row)["question"]
-
 
 class HumanEvalTask(CodeTask):
     """HumanEval (openai/openai_humaneval): the answer starts with the code that is to be completed."""
@@ -75,7 +71,3 @@ class HumanEvalTask(CodeTask):
             "test_list": [source],
             "prefix": prefix,
         }
-
-    def own_text(self, row: Mapping[str, Any]) -> str:
-        """The question without the instruction, by which rows of different files are compared."""
-        return self.with_tests(row)["question"]

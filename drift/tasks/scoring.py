@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from drift.contract import ConfigError, Problem, PromptBatch, Rollout, SampleErr
 from drift.rewards import Reward
 
 # What stands beside the parts under `reward/` in the logs.
-_TAKEN = ("mean", "accuracy", "seconds")
+_TAKEN = ("mean", "accuracy", "seconds", "spread")
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z0-9]+")
 _SHOWN = 80  # characters of a prompt or a value in a message
 
@@ -138,7 +139,7 @@ def score(
         )
 
     try:
-        found = _judged(reward, completions, problems, num_tokens)
+        found: Any = _judged(reward, completions, problems, num_tokens)
     except ConfigError:
         raise
     except Exception as raised:
