@@ -1,4 +1,3 @@
-import json
 import resource
 import shutil
 from pathlib import Path
@@ -8,13 +7,11 @@ import torch
 
 from drift.contract import StorageError
 from drift.storage import (
-    MANIFEST,
     AtomicCheckpointIO,
     damage,
     leftovers,
     link,
     temporary,
-    write_manifest,
 )
 
 WEIGHTS = {"w": torch.arange(50_000.0)}  # 200 kB
@@ -108,21 +105,6 @@ def test_foreign_files_are_no_checkpoints(tmp_path: Path, content: bytes):
     (tmp_path / "a.ckpt").write_bytes(content)
     assert "no checkpoint" in (damage(tmp_path / "a.ckpt") or "")
     assert damage(tmp_path / "none.ckpt") is not None
-
-
-def test_folders_are_whole_with_their_manifest_alone(tmp_path: Path):
-    for name in ("a", "b"):
-        (tmp_path / name).write_bytes(name.encode() * 100)
-    assert "incomplete" in (damage(tmp_path) or "")
-    write_manifest(tmp_path)
-    assert damage(tmp_path) is None
-    assert set(json.loads((tmp_path / MANIFEST).read_text())) == {"a", "b"}
-    (tmp_path / "b").write_bytes(b"b" * 99 + b"c")
-    assert damage(tmp_path) == "its bytes have changed since it was written (b)"
-    (tmp_path / "b").write_bytes(b"b" * 99)
-    assert damage(tmp_path) == "b is cut short"
-    (tmp_path / "b").unlink()
-    assert "incomplete" in (damage(tmp_path) or "")
 
 
 def test_temporary_names_are_hidden_beside_the_target():
