@@ -169,7 +169,8 @@ def score(
 
 def _name(reward: Reward) -> str:
     words = _WORD.findall(type(reward).__name__.removesuffix("Reward"))
-    return "_".join(words).lower() or "reward"
+    name = "_".join(words).lower()
+    return f"{name}_reward" if name in _TAKEN else name or "reward"
 
 
 def _short(value: object) -> str:

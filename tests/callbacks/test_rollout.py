@@ -127,7 +127,7 @@ def test_extra_rewards_add_to_the_sum_and_are_logged(train, spread_task):
         trainer={"limit_val_batches": 1.0, "val_check_interval": 1},
     )
     rollout, logged = keep.batches[0].rollout, trainer.callback_metrics
-    assert rollout.reward_names == ("spread", "loud", "length")
+    assert rollout.reward_names == ("spread_reward", "loud", "length")
     torch.testing.assert_close(rollout.rewards, rollout.scores * torch.tensor([1.0, 0.5, 1.0]))
     torch.testing.assert_close(rollout.scores[:, 2], -rollout.completion_mask.sum(dim=1) / 16)
     assert torch.equal(rollout.correct, rollout.scores[:, 0] >= 1)

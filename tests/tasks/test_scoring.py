@@ -158,6 +158,13 @@ def test_names_of_parts():
     assert names == ("format", "http_status2", "judge")
 
 
+def test_a_class_whose_name_is_taken_is_told_apart():
+    class MeanReward(FormatReward):
+        pass
+
+    assert part_names(MeanReward("a"), [ExtraReward(FormatReward("b"))]) == ("mean_reward", "format")
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
