@@ -203,8 +203,8 @@ class CheckpointCallback(ModelCheckpoint):
             raise Stopped(number)
 
     def _between_passes(self, trainer: Trainer, stage: str) -> None:
-        """Between two forward passes: breaks off what will be done again."""
-        if self._watch is None or not self._watch.pending:
+        """Between two forward passes: breaks off what will be done again, but no checkpoint."""
+        if self._watch is None or not self._watch.pending or stage == "checkpoint":
             return
         # Where the policy is sharded, or gradients are summed, the ranks must go on together.
         apart = isinstance(trainer.strategy, DDPStrategy) and trainer.training and stage == "rollout"
