@@ -35,6 +35,7 @@ start.main(sys.argv[1:])
 """
 _SYSTEM = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/sbin", "/nix/store", "/etc/ld.so.cache")
 _DISK_BYTES = 16 * 1024**2  # of /tmp, in memory; also of a single file
+_STDIN_PATH = "/proc/self/fd/0"  # where /dev/stdin leads; there is no /proc besides
 _PROBE_SECONDS = 30
 _PROBE = "import os\ntry:\n    os.fork()\nexcept PermissionError:\n    print('alone')\n"
 _INSTALL = (
@@ -100,7 +101,12 @@ class Sandbox:
                 stack.callback(os.close, info_write)
                 stack.callback(os.close, rules)
                 passed += [info_write, rules]
-                command = [*_bwrap(), "--info-fd", str(info_write), "--seccomp", str(rules), "--"]
+                command = [*_bwrap(), "--info-fd", str(info_write), "--seccomp", str(rules)]
+                if role == "program":
+                    copy = stack.enter_context(_file(stdin)).fileno()
+                    passed.append(copy)
+                    command += ["--ro-bind-data", str(copy), _STDIN_PATH]
+                command += ["--remount-ro", "/", "--chdir", "/tmp", "--"]
             else:
                 folder = tempfile.TemporaryDirectory()
             numbers = [channel, cpu_seconds, self.memory_megabytes * 1024**2, _DISK_BYTES]
@@ -162,7 +168,7 @@ def _bwrap() -> tuple[str, ...]:
         *binds,
         *("--ro-bind", str(_INSIDE), "/drift/inside"),
         *("--dev", "/dev", "--remount-ro", "/dev"),
-        *("--size", str(_DISK_BYTES), "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp"),
+        *("--size", str(_DISK_BYTES), "--tmpfs", "/tmp"),
     )
 
 
