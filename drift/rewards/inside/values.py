@@ -11,16 +11,26 @@ _MAX_ITEMS = 1 << 17  # of an iterator that a function returns
 # Types of the standard library: what each is called with to build an equal value.
 _PARTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "array.array": lambda value: (value.typecode, value.tolist()),
+    # Parts of a dictionary are built as those of one with other keys or values.
+    "builtins.dict_keys": lambda value: (dict.fromkeys(value),),
+    "builtins.dict_values": lambda value: (dict(enumerate(value)),),
+    "builtins.dict_items": lambda value: (dict(value),),
     "builtins.range": lambda value: (value.start, value.stop, value.step),
     "collections.Counter": lambda value: (dict(value),),
     "collections.OrderedDict": lambda value: (list(value.items()),),
     "collections.deque": lambda value: (list(value), value.maxlen),
     "datetime.date": lambda value: (value.year, value.month, value.day),
-    "datetime.datetime": lambda value: (*value.timetuple()[:6], value.microsecond),
-    "datetime.time": lambda value: (value.hour, value.minute, value.second, value.microsecond),
+    "datetime.datetime": lambda value: (*value.timetuple()[:6], value.microsecond, _zone(value)),
+    "datetime.time": lambda value: (value.hour, value.minute, value.second, value.microsecond, _zone(value)),
+    "datetime.timezone": lambda value: (value.utcoffset(None),),
     "datetime.timedelta": lambda value: (value.days, value.seconds, value.microseconds),
     "decimal.Decimal": lambda value: (str(value),),
     "fractions.Fraction": lambda value: (value.numerator, value.denominator),
+}
+_VIEWS: dict[str, Callable[[dict[Any, Any]], object]] = {
+    "builtins.dict_keys": dict.keys,
+    "builtins.dict_values": dict.values,
+    "builtins.dict_items": dict.items,
 }
 _CONTAINERS: dict[bytes, type] = {b"l": list, b"t": tuple, b"S": set, b"z": frozenset}
 _CONSTANTS = {b"N": None, b"T": True, b"F": False}
@@ -108,6 +118,12 @@ def _write_compound(value: Any, put: Callable[[bytes], None]) -> None:
     return None
 
 
+def _zone(value: Any) -> Any:
+    """The time zone, as the difference that it is at that time."""
+    offset = value.utcoffset()
+    return None if offset is None else __import__("datetime").timezone(offset)
+
+
 def _is_known_type(value: object) -> bool:
     return isinstance(value, type) and _TYPES.get(value.__name__) is value
 
@@ -165,5 +181,7 @@ def _line(data: bytes, start: int) -> tuple[str, int]:
 def _build(name: str, parts: tuple[Any, ...]) -> Any:
     if name not in _PARTS:
         raise ValueError(f"{name} is no plain data")
+    if name in _VIEWS:
+        return _VIEWS[name](*parts)
     module, _, kind = name.partition(".")
     return getattr(__import__(module), kind)(*parts)

@@ -2,7 +2,7 @@ import math
 import sys
 from array import array
 from collections import Counter, OrderedDict, defaultdict, deque, namedtuple
-from datetime import date, datetime, time, timedelta
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from enum import IntEnum
 from fractions import Fraction
@@ -35,7 +35,8 @@ class Text(str):
         bytearray(b"a"), [], [1, [2, (3,)]], (), {1, 2}, frozenset("a"), {"a": [1], (1, 2): None},
         type(None), range(1, 9, 2), array("i", [1, 2]), Counter("aab"), OrderedDict(b=1, a=2),
         deque([1, 2], 3), date(2024, 2, 29), datetime(2024, 2, 29, 1, 2, 3, 4), time(1, 2, 3, 4),
-        timedelta(1, 2, 3), Decimal("1.1"), Fraction(1, 3),
+        datetime(2024, 2, 29, tzinfo=UTC), time(1, tzinfo=timezone(timedelta(hours=2))),
+        {"a": 1}.keys(), {"a": 1}.items(), timedelta(1, 2, 3), Decimal("1.1"), Fraction(1, 3),
     ],
 )  # fmt: skip
 def test_values_come_back_equal_and_of_their_type(value: object):
@@ -50,6 +51,9 @@ def test_nan_iterators_and_numbers_too_long_for_decimal_digits():
     assert math.isnan(decode(encode(math.nan)))
     assert list(decode(encode(x * x for x in range(4)))) == [0, 1, 4, 9]
     assert next(decode(encode(zip([1], "a", strict=True)))) == (1, "a")
+    back = decode(encode({1: "a", 2: "a"}.values()))
+    assert list(back) == ["a", "a"]
+    assert type(back) is type({}.values())
 
 
 @pytest.mark.parametrize(
@@ -96,6 +100,7 @@ def test_values_without_end_are_refused():
         b"", b"x", b"i", b"i\n", b"izz\n", b"l9\n", b"l-1\n", b"l1\n", b"NN", b"s5\nab", b"l1000000000000\nN",
         b"m1\nN", b"S1\nl0\n", b"y4\neval", b"o12\nos.systemabcd", b"o9\nos.systemt1\ns4\ntrue",
         b"o17\nfractions.Fractiont2\ni1\ni0\n",
+        b"o18\nbuiltins.dict_keyst1\nl0\n",
         b"l1\n" * 100_000,
     ],
 )  # fmt: skip
