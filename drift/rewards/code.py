@@ -6,6 +6,7 @@ import math
 import os
 import re
 import socket
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -23,7 +24,9 @@ from drift.rewards.inside.checker import END_SECONDS, GRACE_SECONDS
 from drift.rewards.inside.values import encode
 from drift.rewards.sandbox import Sandbox, SandboxKind
 
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\S*)[^\n]*\n?", re.MULTILINE)
+# Indentation, and the language that the block is said to be in.
+_FENCE = re.compile(r"^([ \t]*+)`{3,}+[ \t]*+([^\s`]*+)[^\n`]*+(?:\n|\Z)", re.MULTILINE)
+_DEEPER = 4  # columns by which a fence is indented that is text of the block, as in Markdown
 _LANGUAGES = ("python", "py", "python3")
 _VERDICT_BYTES = 1 << 20
 _AT_ONCE = 64  # solutions that are judged together
@@ -204,25 +207,39 @@ def extract_code(answer: str, prefix: str = "") -> str:
     """The Python code of an answer, empty where there is none.
 
     It is the last ```python block that is closed, else the last one that was begun. Where there is neither,
-    but the answer was started with a prefix, it is what follows the prefix's last fence, up to the next
-    one; a prefix without any fence is code itself.
+    but the problem has a prefix, it is what follows the prefix's last fence, up to the next one; a prefix
+    without any fence is code itself.
 
     Args:
-        answer: the whole answer, prefix included.
+        answer: the answer, with or without the prefix in front.
         prefix: what the answer was started with.
     """
-    closed, begun, start = None, None, None
-    for fence in _FENCE.finditer(answer):
-        if fence[1].lower() in _LANGUAGES:
-            start = fence.end()  # within a block too: the answer begins anew
-        elif start is not None and not fence[1]:
-            closed, start = answer[start : fence.start()], None
-    if start is not None:
-        begun = answer[start:]
-    if closed is not None or begun is not None:
-        return closed if closed is not None else begun or ""
-    if not prefix or not answer.startswith(prefix):
-        return ""
+    whole = answer if answer.startswith(prefix) else prefix + answer
+    block = _last_block(answer) or _last_block(whole)
+    if block is not None or not prefix:
+        return block or ""
     fences = [fence.end() for fence in _FENCE.finditer(prefix)]
-    code = answer[fences[-1] if fences else 0 :]
-    return _FENCE.split(code, maxsplit=1)[0]
+    return _up_to_fence(whole[fences[-1] if fences else 0 :])
+
+
+def _last_block(answer: str) -> str | None:
+    closed, opening = None, None
+    for fence in _FENCE.finditer(answer):
+        if opening is not None and len(fence[1]) >= len(opening[1]) + _DEEPER:
+            continue
+        if fence[2].lower() in _LANGUAGES:
+            opening = fence  # within a block too: the answer begins anew
+        elif opening is not None:
+            closed, opening = (opening, answer[opening.end() : fence.start()]), None
+    if closed is None and opening is not None:
+        closed = opening, _up_to_fence(answer[opening.end() :])
+    if closed is None:
+        return None
+    opening, code = closed
+    # A block in a list is indented as a whole.
+    return textwrap.dedent(code) if opening[1] else code
+
+
+def _up_to_fence(code: str) -> str:
+    fence = _FENCE.search(code)
+    return code[: fence.start()] if fence else code

@@ -73,6 +73,20 @@ def judge(bwrap: None) -> Judge:
         ("A\n```\ndef f():\n    return 1\n```\nB", "A\n```\ndef f():\n", "def f():\n    return 1\n"),
         ("def f():\n    return 1", "def f():\n", "def f():\n    return 1"),
         ("def f():\n    return 1\n```\nIt is 1.", "def f():\n", "def f():\n    return 1\n"),
+        # What goes on from the prefix without repeating it.
+        ("    return 1\n```\nB", "A\n```python\ndef f():\n", "def f():\n    return 1\n"),
+        ("    return 1", "def f():\n", "def f():\n    return 1"),
+        ("B\n```python\nx = 1\n```", "```python\ndef f():\n", "x = 1\n"),
+        # A fence within a text of the code.
+        ("```python\n'\n    ```\n    1\n    ```\n'\n```\nB", "", "'\n    ```\n    1\n    ```\n'\n"),
+        ("```python\n'\n```x```\n'\n```", "", "'\n```x```\n'\n"),
+        ("```python\nx = 1\n    ```\nB", "", "x = 1\n"),
+        # A block in a list.
+        ("1. A\n   ```python\n   if x:\n     y = 1\n   ```\n", "", "if x:\n  y = 1\n"),
+        ("  ```python\nx = 1\n  ```", "", "x = 1\n"),
+        ("````python\nx = 1\n````", "", "x = 1\n"),
+        ("```python\nx = 1\n``` That is all.", "", "x = 1\n"),
+        ("```python\r\nx = 1\r\n```\r\n", "", "x = 1\r\n"),
     ],
 )  # fmt: skip
 def test_the_code_of_an_answer(answer: str, prefix: str, code: str):
@@ -166,6 +180,45 @@ assert f(1) == 1
     assert judge(right, function(tests)) == 1.0
     assert judge("def f(x): return x", function(tests)) == 0.5  # `assert False` was reached, the last holds
     assert judge(right.replace("ValueError", "exit"), function(tests)) == 0.0
+
+
+def test_a_text_that_could_be_a_fence_is_read_quickly():
+    start = time.monotonic()
+    assert extract_code("```" + " " * 100_000 + "a" * 100_000 + "`") == ""
+    assert extract_code(" \t" * 100_000 + "``\n" + "```python" * 50_000) == ""
+    assert time.monotonic() - start < 2
+
+
+def test_exceptions_of_the_answers_own_are_those_that_they_extend(judge: Judge):
+    tests = """
+try:
+    f(-1)
+    assert False
+except ValueError:
+    pass
+assert f(1) == 1
+"""
+    right = "class Odd({}): pass\ndef f(x):\n    if x < 0: raise Odd\n    return x"
+    assert judge(right.format("ValueError"), function(tests)) == 1.0
+    assert judge(right.format("UnicodeError"), function(tests)) == 1.0
+    assert judge(right.format("KeyError"), function(tests)) == 0.0
+    assert judge(right.format("BaseException"), function(tests)) == 0.0
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        "input()",
+        "open(0).read()",
+        "open('/dev/stdin').read()",
+        "__import__('sys').stdin.buffer.read()",
+        "__import__('os').read(0, 99)",
+        "next(__import__('fileinput').input())",
+        "__import__('mmap').mmap(0, 0, access=1).read()",
+    ],
+)
+def test_programs_read_their_input_in_any_way(judge: Judge, read: str):
+    assert judge(f"print(sum(map(int, {read}.split())))", program(["1 2\n", "3 4"], ["3", "7"])) == 1.0
 
 
 def test_programs(judge: Judge):
