@@ -9,8 +9,9 @@ from drift.models.adapters import (
     reference_of,
     require_adapters,
 )
-from drift.models.base import DiffusionLM, KeyValueCache
+from drift.models.base import DiffusionLM
 from drift.models.dream import Dream, DreamConfig
+from drift.models.layers import KeyValueCache
 from drift.models.llada import LLaDA, LLaDAConfig
 from drift.models.loading import (
     load_policy,

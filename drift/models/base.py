@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +15,11 @@ from transformers import PreTrainedModel
 
 from drift.models.adapters import merged_state_dict
 from drift.models.head import VocabHead
-from drift.models.layers import RMSNorm, rotary_table
+from drift.models.layers import KeyValueCache, RMSNorm, rotary_table
 from drift.models.writing import restore_texts
 
 # Finite, so that 0 * it is 0 in an entropy, and far enough down that its softmax is exactly 0.
 ILLEGAL_LOGIT = -1e30
-
-
-class KeyValueCache(Protocol):
-    """Keys and values of positions that are not fed again."""
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values to attend to, given those of the positions being fed.
-
-        Args:
-            layer: index of the transformer block.
-            keys: [B,H,l,d] of the fed positions.
-            values: [B,H,l,d] of the fed positions.
-        """
-        ...
-
-    def state_before(self, states: Tensor) -> Tensor | None:
-        """[B,1,D] last hidden state of the position before the fed ones; None where they begin the sequence.
-
-        Args:
-            states: [B,l,D] last hidden states of the fed positions.
-        """
-        ...
 
 
 class DiffusionLM(PreTrainedModel):
@@ -155,14 +133,16 @@ class DiffusionLM(PreTrainedModel):
         """
         return self.head(self(input_ids, attention_mask))
 
-    def forbid_illegal(self, logits: Tensor) -> Tensor:
+    def forbid_illegal(self, logits: Tensor, *, in_place: bool = False) -> Tensor:
         """The logits over legal tokens: those that may never be emitted get no probability.
 
         Args:
             logits: [..., V] float.
+            in_place: overwrite them.
         """
         illegal = torch.tensor(self.illegal_token_ids, dtype=torch.int64, device=logits.device)
-        return logits.index_fill(-1, illegal, ILLEGAL_LOGIT)
+        fill = logits.index_fill_ if in_place else logits.index_fill
+        return fill(-1, illegal, ILLEGAL_LOGIT)
 
     @property
     def illegal_token_ids(self) -> list[int]:

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from drift.contract import ConfigError
-from drift.models.base import DiffusionLM, KeyValueCache
+from drift.models.base import DiffusionLM
 from drift.models.head import VocabHead
 from drift.models.inspection import require_sizes, require_values
-from drift.models.layers import RMSNorm, attend, default_positions, rotate
+from drift.models.layers import Block, KeyValueCache, RMSNorm, default_positions, rotate
 
 
 class DreamConfig(PreTrainedConfig):
@@ -87,11 +87,10 @@ class DreamConfig(PreTrainedConfig):
 
 
 class DreamAttention(nn.Module):
-    """Grouped attention with biases on queries, keys and values; the attribute names are the hub's."""
+    """What grouped attention has weights for, biases on queries, keys and values; the names are the hub's."""
 
-    def __init__(self, config: DreamConfig, layer: int) -> None:
+    def __init__(self, config: DreamConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_width = config.hidden_size // config.num_attention_heads
         kv_width = self.head_width * config.num_kv_heads
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
@@ -99,18 +98,13 @@ class DreamAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], key_mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
-        """What the attention adds to the residual stream, [B,l,D]."""
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; see `Block.project`."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, table), rotate(key, table)
-        if cache is not None:
-            key, value = cache.extend(self.layer, key, value)
-        return self.o_proj(attend(query, key, value, key_mask))
+        return rotate(query, table), rotate(key, table), value
 
 
 class DreamMLP(nn.Module):
@@ -127,21 +121,23 @@ class DreamMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class DreamBlock(nn.Module):
-    """One transformer block; the attribute names are the hub's."""
+class DreamBlock(Block):
+    """One transformer block; the attribute names are those of the hub's tensors."""
 
     def __init__(self, config: DreamConfig, layer: int) -> None:
-        super().__init__()
-        self.self_attn = DreamAttention(config, layer)
+        super().__init__(layer)
+        self.self_attn = DreamAttention(config)
         self.mlp = DreamMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], key_mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
-        """The residual stream [B,l,D] after this block."""
-        x = x + self.self_attn(self.input_layernorm(x), table, key_mask, cache)
+    def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; see `Block.project`."""
+        return self.self_attn(self.input_layernorm(x), table)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream after attention and feed-forward layer; see `Block.finish`."""
+        x = x + self.self_attn.o_proj(mixed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

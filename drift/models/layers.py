@@ -2,9 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache as memoized
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of positions that are not fed again."""
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values to attend to, given those of the positions being fed.
+
+        Args:
+            layer: index of the transformer block.
+            keys: [B,H,l,d] of the fed positions.
+            values: [B,H,l,d] of the fed positions.
+        """
+        ...
+
+    def state_before(self, states: Tensor) -> Tensor | None:
+        """[B,1,D] last hidden state of the position before the fed ones; None where they begin the sequence.
+
+        Args:
+            states: [B,l,D] last hidden states of the fed positions.
+        """
+        ...
+
+
+class Block(nn.Module):
+    """A transformer block: what each family does before attention and after it.
+
+    Args:
+        layer: its index.
+    """
+
+    # Compile both halves; what is between them, cache and attention, has no use of it.
+    compiled: bool = False
+
+    def __init__(self, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], key_mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        """The residual stream [B,l,D] after this block."""
+        project, finish = type(self).project, type(self).finish
+        if self.compiled:
+            project, finish = _compiled(project), _compiled(finish)
+        query, key, value = project(self, x, table)
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        return finish(self, x, attend(query, key, value, key_mask))
+
+    def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B,H,l,d], keys and values [B,Hkv,l,d] of the residual stream; see `rotary_table`."""
+        raise NotImplementedError
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream [B,l,D] after the block, given what attention mixed, [B,l,H*d]."""
+        raise NotImplementedError
+
+
+@memoized
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # One for all layers and calls: a new one would be compiled again. The number of rows changes often.
+    return torch.compile(function, dynamic=True)
 
 
 class RMSNorm(nn.Module):
@@ -43,19 +110,19 @@ def rotary_table(position_ids: Tensor, head_width: int, theta: float) -> tuple[T
         theta: base of the frequencies.
 
     Returns:
-        two [B,1,l,head_width] float32 tensors.
+        two [B,1,l,head_width] float32 tensors; the sine is negative in the left half, see `rotate`.
     """
     exponent = torch.arange(0, head_width, 2, device=position_ids.device).float() / head_width
     angle = position_ids[:, None, :, None].float() * (theta**-exponent)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys [B,H,l,d] turned by their position, in float32 whatever the dtype of `x`."""
     cos, sin = table
     left, right = x.float().chunk(2, dim=-1)
-    return (x.float() * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+    return torch.addcmul(x.float() * cos, torch.cat((right, left), dim=-1), sin).to(x.dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from drift.contract import ConfigError
-from drift.models.base import DiffusionLM, KeyValueCache
+from drift.models.base import DiffusionLM
 from drift.models.head import VocabHead
 from drift.models.inspection import require_sizes, require_values
-from drift.models.layers import RMSNorm, attend, default_positions, rotate
+from drift.models.layers import Block, KeyValueCache, RMSNorm, default_positions, rotate
 
 
 class LLaDAConfig(PreTrainedConfig):
@@ -88,12 +88,11 @@ class LLaDAConfig(PreTrainedConfig):
         return self.n_kv_heads or self.n_heads
 
 
-class LLaDABlock(nn.Module):
+class LLaDABlock(Block):
     """One transformer block; the attribute names are those of the hub's tensors."""
 
     def __init__(self, config: LLaDAConfig, layer: int) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer)
         self.head_width = config.d_model // config.n_heads
         mlp_width = config.mlp_hidden_size or 4 * config.d_model
         kv_width = self.head_width * config.num_kv_heads
@@ -108,19 +107,18 @@ class LLaDABlock(nn.Module):
         self.up_proj = nn.Linear(config.d_model, mlp_width, bias=False)
         self.ff_out = nn.Linear(mlp_width, config.d_model, bias=False)
 
-    def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], key_mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
-        """The residual stream [B,l,D] after this block."""
+    def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; see `Block.project`."""
         h = self.attn_norm(x)
         query, key, value = (
             projection(h).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, table), rotate(key, table)
-        if cache is not None:
-            key, value = cache.extend(self.layer, key, value)
-        x = x + self.attn_out(attend(query, key, value, key_mask))
+        return rotate(query, table), rotate(key, table), value
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual stream after attention and feed-forward layer; see `Block.finish`."""
+        x = x + self.attn_out(mixed)
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 

@@ -3,6 +3,6 @@
 from drift.rollout.cache import PrefixCache
 from drift.rollout.config import DenoiseConfig
 from drift.rollout.denoise import denoise
-from drift.rollout.groups import concatenate, rollout_groups
+from drift.rollout.groups import rollout_groups
 
-__all__ = ["DenoiseConfig", "PrefixCache", "concatenate", "denoise", "rollout_groups"]
+__all__ = ["DenoiseConfig", "PrefixCache", "denoise", "rollout_groups"]

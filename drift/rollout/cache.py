@@ -1,4 +1,4 @@
-"""Keys and values of everything before the block that is being decoded."""
+"""Keys and values of what is not fed again while a block is being decoded."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ from torch import Tensor
 
 
 class PrefixCache:
-    """Stores the prefix in the pass that opens a block, and puts it before the window in later passes.
+    """Keeps keys and values from the pass that opens a block, and joins those of the later passes to them.
+
+    Later passes feed a window: the block, and what follows it. Before it is the prefix, and after it nothing,
+    or in a dual cache (Fast-dLLM, arXiv 2505.22618) everything else.
 
     Args:
         length: positions before the block.
+        dual: keep what is after the window, too; else it is not seen by the later passes.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, *, dual: bool = False) -> None:
         self.length = length
+        self.dual = dual
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._state: Tensor | None = None
@@ -23,11 +28,22 @@ class PrefixCache:
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values to attend to; see `drift.models.KeyValueCache`."""
         if layer == len(self._keys):
+            kept = keys.shape[2] if self.dual else self.length
             # Copies: a view would keep the keys of the whole sequence alive.
-            self._keys.append(keys[:, :, : self.length].clone())
-            self._values.append(values[:, :, : self.length].clone())
+            self._keys.append(keys[:, :, :kept].clone())
+            self._values.append(values[:, :, :kept].clone())
             return keys, values
-        return torch.cat((self._keys[layer], keys), dim=2), torch.cat((self._values[layer], values), dim=2)
+        return self._joined(self._keys, layer, keys), self._joined(self._values, layer, values)
+
+    def _joined(self, stored: list[Tensor], layer: int, window: Tensor) -> Tensor:
+        kept, stop = stored[layer], self.length + window.shape[2]
+        if kept.shape[2] < stop:
+            # Once a block. The window is written in place: copying the prefix in every pass costs more.
+            room = kept.new_empty((*kept.shape[:2], stop, kept.shape[3]))
+            room[:, :, : self.length] = kept[:, :, : self.length]
+            kept = stored[layer] = room
+        kept[:, :, self.length : stop] = window
+        return kept if self.dual else kept[:, :, :stop]
 
     def state_before(self, states: Tensor) -> Tensor | None:
         """The state of the prefix's last position, as stale as its keys; see `drift.models.KeyValueCache`."""
@@ -47,3 +63,17 @@ class PrefixCache:
         self._keys = [k[rows] for k in self._keys]
         self._values = [v[rows] for v in self._values]
         self._state = None if self._state is None else self._state[rows]
+
+    def append(self, other: PrefixCache) -> None:
+        """Takes in the rows of another cache of the same length, behind its own."""
+        assert (self.length, self.dual, self._opened) == (other.length, other.dual, other._opened)
+        self._keys = [_stacked(*pair) for pair in zip(self._keys, other._keys, strict=True)]
+        self._values = [_stacked(*pair) for pair in zip(self._values, other._values, strict=True)]
+        if self._state is not None and other._state is not None:
+            self._state = torch.cat((self._state, other._state))
+
+
+def _stacked(one: Tensor, other: Tensor) -> Tensor:
+    # Room for a window may be there in one of them only: it holds nothing that lasts.
+    length = min(one.shape[2], other.shape[2])
+    return torch.cat((one[:, :, :length], other[:, :, :length]))

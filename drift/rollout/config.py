@@ -31,9 +31,15 @@ class DenoiseConfig:
             Probabilities are those of the untempered, unfiltered softmax over the legal tokens.
         use_cache: keep the keys and values of everything before a block from the pass that opens it.
         horizon: with the cache, positions after the block that the later passes of a block see; None: all.
+        dual_cache: with the cache and a horizon, keep what is after the horizon, too (Fast-dLLM's dual cache,
+            with horizon 0): later passes see it as it was when the block was opened.
         block_opening: what the pass that opens a block commits: `confidence` follows the schedule (LLaDA),
             `first_token` commits the block's first position (Dream).
         stop_at_padding: a row whose finished block is all padding has ended; the rest of it is padding.
+        compile: compile the policy's blocks (torch.compile) in the first passes of a run; on CPU it takes a
+            C++ compiler.
+        interleave: parts of the rows decoded at once that take turns: while the device computes one, the host
+            reads what the last pass left of another. None: 1 on CPU, where nothing is waited for, else 2.
 
     Raises:
         ConfigError: where a value is outside its range.
@@ -48,8 +54,11 @@ class DenoiseConfig:
     score: Score = "confidence"
     use_cache: bool = False
     horizon: int | None = None
+    dual_cache: bool = False
     block_opening: BlockOpening = "confidence"
     stop_at_padding: bool = True
+    compile: bool = False
+    interleave: int | None = None
 
     def __post_init__(self) -> None:
         require(self, self.block_length >= 1, "block_length", "set it to 1 or more positions")
@@ -84,6 +93,18 @@ class DenoiseConfig:
             "horizon",
             "set it to 0 or more positions, or null for all",
         )
+        require(
+            self,
+            not self.dual_cache or (self.use_cache and self.horizon is not None),
+            "dual_cache",
+            "it keeps what is after the horizon: set use_cache to true and horizon to a number, such as 0",
+        )
+        require(
+            self,
+            self.interleave is None or self.interleave >= 1,
+            "interleave",
+            "set it to 1 or more parts, or null for the device's default",
+        )
         require(self, self.steps is None or self.steps >= 1, "steps", "set it to 1 or more denoising steps")
         if self.threshold is None:
             require(
@@ -103,6 +124,11 @@ class DenoiseConfig:
             require(
                 self, 0 < self.threshold <= 1, "threshold", "set it in (0, 1], or null for a static schedule"
             )
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything is left to chance."""
+        return self.temperature > 0 or self.score == "random"
 
     def require_fits(self, completion_length: int) -> None:
         """Raises ConfigError where a completion of this length cannot be decoded with these settings."""

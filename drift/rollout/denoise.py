@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from drift.contract import Rollout
 from drift.models import DiffusionLM
-from drift.models.layers import positions_from_mask
+from drift.models.layers import Block
 from drift.randomness import draw_keys, fold, uniform
 from drift.rollout.cache import PrefixCache
+from drift.rollout.canvas import Canvas
 from drift.rollout.config import DenoiseConfig
+from drift.rollout.schedule import Cohort, Schedule
 from drift.rollout.unmask import candidates, commits
 
 # Positions whose logits are expanded to the vocabulary at once.
-CHUNK_SIZE = 4096
+CHUNK_SIZE = 256
 
 
 @torch.no_grad()
@@ -30,12 +33,14 @@ def denoise(
     generator: torch.Generator | None = None,
     *,
     seeds: Tensor | None = None,
+    batch_size: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Rollout:
     """Completions of the prompts, with the timestep and the probability at which every token was committed.
 
     A row's result does not depend on the other rows: neither on their number, nor on their padding, nor on
-    chance, since every draw is keyed by (row's seed, row's timestep, position).
+    chance, since every draw is keyed by (row's seed, row's timestep, position). Rows go from block to block
+    on their own, and the next prompt takes the place of a row that has ended.
 
     Args:
         policy: the policy; its train or eval mode is left alone.
@@ -45,7 +50,9 @@ def denoise(
         config: the schedule and how tokens are chosen.
         generator: draws one seed a row where `seeds` is not given; None: torch's default generator.
         seeds: [N] int64, key of each row's draws.
-        on_progress: called after every block with (positions decoded, positions in all).
+        batch_size: rows decoded at once; None: all.
+        on_progress: called when blocks are finished, with (positions decoded, positions in all) of the
+            average row.
 
     Returns:
         rollout of N rows, without rewards. Its `num_forwards` counts forward passes of the whole call.
@@ -54,168 +61,100 @@ def denoise(
         ConfigError: where the completion length doesn't fit the block length or the steps.
     """
     config.require_fits(completion_length)
+    num_rows, prompt_length = prompt_ids.shape
     if seeds is None:
-        seeds = draw_keys(prompt_ids.shape[0], generator)
-    canvas = _Canvas.blank(policy, prompt_ids, prompt_mask, completion_length, seeds.to(prompt_ids.device))
-    quotas = config.quotas(completion_length) if config.threshold is None else None
-    for block, start in enumerate(range(0, completion_length, config.block_length)):
-        rows = (~canvas.ended).nonzero()[:, 0]
-        if len(rows) == 0:
-            break
-        _decode_block(policy, canvas, rows, start, config, quotas[block] if quotas is not None else None)
-        if config.stop_at_padding:
-            canvas.end_at_padding(rows, start, config.block_length)
-        if on_progress is not None:
-            on_progress(start + config.block_length, completion_length)
+        seeds = draw_keys(num_rows, generator)
+    canvas = Canvas.blank(policy, prompt_ids, prompt_mask, completion_length, seeds.to(prompt_ids.device))
+    schedule = Schedule(
+        (prompt_length - prompt_mask.sum(dim=1)).tolist(),
+        prompt_length + completion_length,
+        completion_length // config.block_length,
+        config,
+        batch_size or num_rows,
+        prompt_ids.device,
+        config.quotas(completion_length) if config.threshold is None else None,
+    )
+    num_done = 0
+    with _compiled(policy, config.compile):
+        while not schedule.done:
+            cohort = schedule.next()
+            schedule.passed(cohort, _pass(policy, canvas, cohort, schedule.quotas(cohort), config))
+            canvas.num_forwards += 1
+            if on_progress is not None and schedule.num_blocks_done > num_done:
+                num_done = schedule.num_blocks_done
+                on_progress(num_done * config.block_length // num_rows, completion_length)
     return canvas.rollout()
 
 
-def _decode_block(
-    policy: DiffusionLM,
-    canvas: _Canvas,
-    rows: Tensor,
-    start: int,
-    config: DenoiseConfig,
-    quotas: list[int] | None,
-) -> None:
-    """Unmasks one block of the given rows; rows whose block is finished leave the forward passes."""
-    end = start + config.block_length
-    cache = PrefixCache(canvas.prompt_length + start) if config.use_cache else None
-    num_passes = 0
-    while len(rows):
-        hidden = _block_hidden(policy, canvas, rows, start, end, config, cache, opening=num_passes == 0)
-        masked = canvas.undecoded[rows, start:end]
-        where = masked.nonzero()
-        row, position = rows[where[:, 0]], where[:, 1] + start
-        key = fold(canvas.seeds[row], canvas.timestep[row], position)
-        uniforms = uniform(torch.stack((fold(key, 0), fold(key, 1)), dim=1))
-        token, prob, score = policy.head(
-            hidden[where[:, 0], where[:, 1]], _reader(policy, config), uniforms, chunk_size=CHUNK_SIZE
-        )
-        grid = score.new_zeros(masked.shape).masked_scatter_(masked, score)
-        if num_passes == 0 and config.block_opening == "first_token":
-            commit = torch.zeros_like(masked)
-            commit[:, 0] = True
-        else:
-            commit = commits(grid, masked, config.threshold, quotas[num_passes] if quotas is not None else 0)
-        canvas.commit(row, position, token, prob, commit[where[:, 0], where[:, 1]])
-        canvas.timestep[rows] += 1
-        canvas.num_forwards += 1
-        num_passes += 1
-        unfinished = (masked & ~commit).any(dim=1)
-        if cache is not None and not bool(unfinished.all()):
-            cache.keep(unfinished)
-        rows = rows[unfinished]
-
-
-def _block_hidden(
-    policy: DiffusionLM,
-    canvas: _Canvas,
-    rows: Tensor,
-    start: int,
-    end: int,
-    config: DenoiseConfig,
-    cache: PrefixCache | None,
-    *,
-    opening: bool,
+def _pass(
+    policy: DiffusionLM, canvas: Canvas, cohort: Cohort, quotas: Tensor | int, config: DenoiseConfig
 ) -> Tensor:
-    """Hidden states [n,b,D] of a block, from a pass over the sequence or over the window behind the cache."""
-    first, last = canvas.prompt_length + start, canvas.prompt_length + end
-    if cache is None or opening:
-        window = slice(0, canvas.input_ids.shape[1])
-    else:
-        stop = None if config.horizon is None else last + config.horizon
-        window = slice(first, stop)
-    mask = None if canvas.attention_mask is None else canvas.attention_mask[rows, : window.stop]
-    hidden = policy(canvas.input_ids[rows, window], mask, canvas.position_ids[rows, window], cache)
-    return hidden[:, first - window.start : last - window.start]
+    """[n] positions that a timestep leaves masked in the block of each row; see `Canvas.commit`."""
+    rows, columns = cohort.index, cohort.columns
+    masked = canvas.undecoded[rows[:, None], columns]
+    # Their number is known: the device need not be asked.
+    row, place = torch.nonzero_static(masked, size=cohort.num_masked).unbind(dim=1)
+    token, prob, score = _scored(policy, canvas, cohort, row, columns[row, place], config)
+    grid = score.new_zeros(masked.shape).masked_scatter_(masked, score)
+    chosen = commits(grid, masked, config.threshold, quotas)
+    if config.block_opening == "first_token":
+        opening = torch.tensor([row.num_passes == 0 for row in cohort.rows], device=rows.device)
+        first = torch.arange(config.block_length, device=rows.device) == 0
+        chosen = torch.where(opening[:, None], first, chosen)
+    tokens = torch.zeros_like(columns).masked_scatter_(masked, token)
+    probs = torch.zeros_like(grid).masked_scatter_(masked, prob)
+    return canvas.commit(rows, columns, chosen, tokens, probs)
 
 
-def _reader(policy: DiffusionLM, config: DenoiseConfig) -> Callable[..., tuple[Tensor, ...]]:
-    def read(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, ...]:
-        found = candidates(policy.forbid_illegal(logits), config, uniforms)
+def _scored(
+    policy: DiffusionLM, canvas: Canvas, cohort: Cohort, row: Tensor, position: Tensor, config: DenoiseConfig
+) -> tuple[Tensor, ...]:
+    """Token, probability and score of m positions: one pass of the body, one of the head, and no other.
+
+    Args:
+        policy: the policy.
+        canvas: the sequences.
+        cohort: n rows.
+        row: [m] int64 in [0,n).
+        position: [m] int64 of the completion.
+        config: how tokens are chosen.
+    """
+    rows, start, stop = cohort.index, cohort.start, canvas.input_ids.shape[1]
+    seen = stop
+    if config.use_cache:
+        first = canvas.prompt_length + cohort.rows[0].block * config.block_length
+        if cohort.cache is None:
+            cohort.cache = PrefixCache(first - start, dual=config.dual_cache)
+        else:
+            start = first
+            if config.horizon is not None:
+                stop = min(first + config.block_length + config.horizon, stop)
+            seen = seen if config.dual_cache else stop
+    mask = canvas.attention_mask[rows, cohort.start : seen] if cohort.padded else None
+    hidden = policy(
+        canvas.input_ids[rows, start:stop], mask, canvas.position_ids[rows, start:stop], cohort.cache
+    )
+    draws = []
+    if config.draws:
+        key = fold(canvas.seeds[rows[row]], canvas.timestep[rows[row]], position)
+        draws = [uniform(torch.stack((fold(key, 0), fold(key, 1)), dim=1))]
+
+    def read(logits: Tensor, uniforms: Tensor | None = None) -> tuple[Tensor, ...]:
+        found = candidates(policy.forbid_illegal(logits, in_place=True), config, uniforms)
         return found.token, found.prob, found.score
 
-    return read
+    where = position + (canvas.prompt_length - start)
+    return policy.head(hidden[row, where], read, *draws, chunk_size=CHUNK_SIZE)
 
 
-@dataclass(kw_only=True, slots=True)
-class _Canvas:
-    """Sequences being unmasked, and what is recorded of it."""
-
-    input_ids: Tensor  # [N,P+C] int64
-    attention_mask: Tensor | None  # [N,P+C] bool; None where nothing is padding
-    position_ids: Tensor  # [N,P+C] int64
-    prompt_mask: Tensor  # [N,P] bool
-    seeds: Tensor  # [N] int64
-    undecoded: Tensor  # [N,C] bool
-    step_map: Tensor  # [N,C] int64
-    token_probs: Tensor  # [N,C] float32
-    timestep: Tensor  # [N] int64, timesteps that the row has had
-    ended: Tensor  # [N] bool
-    pad_token_id: int
-    mask_token_id: int
-    num_forwards: int = 0
-
-    @classmethod
-    def blank(
-        cls,
-        policy: DiffusionLM,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        completion_length: int,
-        seeds: Tensor,
-    ) -> _Canvas:
-        """The prompts, followed by masks."""
-        shape, device = (prompt_ids.shape[0], completion_length), prompt_ids.device
-        masks = torch.full(shape, policy.mask_token_id, device=device)
-        attention_mask = torch.cat((prompt_mask.bool(), torch.ones_like(masks, dtype=torch.bool)), dim=1)
-        return cls(
-            input_ids=torch.cat((prompt_ids, masks), dim=1),
-            attention_mask=None if bool(prompt_mask.all()) else attention_mask,
-            position_ids=positions_from_mask(attention_mask),
-            prompt_mask=prompt_mask.bool(),
-            seeds=seeds,
-            undecoded=torch.ones_like(masks, dtype=torch.bool),
-            step_map=torch.zeros_like(masks),
-            token_probs=torch.zeros(shape, dtype=torch.float32, device=device),
-            timestep=torch.zeros(shape[0], dtype=torch.int64, device=device),
-            ended=torch.zeros(shape[0], dtype=torch.bool, device=device),
-            pad_token_id=policy.pad_token_id,
-            mask_token_id=policy.mask_token_id,
-        )
-
-    @property
-    def prompt_length(self) -> int:
-        return self.prompt_mask.shape[1]
-
-    def commit(self, row: Tensor, position: Tensor, token: Tensor, prob: Tensor, chosen: Tensor) -> None:
-        """Writes the chosen ones of some candidates [m] at (row, position) of the completion."""
-        row, position = row[chosen], position[chosen]
-        self.input_ids[row, self.prompt_length + position] = token[chosen]
-        self.token_probs[row, position] = prob[chosen]
-        self.step_map[row, position] = self.timestep[row]
-        self.undecoded[row, position] = False
-
-    def end_at_padding(self, rows: Tensor, start: int, block_length: int) -> None:
-        """Ends the rows whose block is all padding: what comes after it is padding that was never decoded."""
-        block = self.input_ids[rows, self.prompt_length + start : self.prompt_length + start + block_length]
-        self.ended[rows] = (block == self.pad_token_id).all(dim=1)
-
-    def rollout(self) -> Rollout:
-        """What was decoded; positions that were not are padding, of timestep S."""
-        completion_ids = self.input_ids[:, self.prompt_length :].masked_fill(
-            self.undecoded, self.pad_token_id
-        )
-        return Rollout(
-            prompt_ids=self.input_ids[:, : self.prompt_length].clone(),
-            prompt_mask=self.prompt_mask,
-            completion_ids=completion_ids,
-            completion_mask=(completion_ids != self.pad_token_id) & (completion_ids != self.mask_token_id),
-            step_map=torch.where(self.undecoded, self.timestep[:, None], self.step_map),
-            token_probs=self.token_probs,
-            commit_probs=self.token_probs,
-            num_timesteps=self.timestep,
-            num_forwards=self.num_forwards,
-            seeds=self.seeds,
-        )
+@contextmanager
+def _compiled(policy: DiffusionLM, compiled: bool) -> Iterator[None]:
+    """A context in which the policy's blocks are compiled, if they are to be."""
+    blocks = [cast(Block, block) for block in policy.blocks]
+    try:
+        for block in blocks:
+            block.compiled = compiled
+        yield
+    finally:
+        for block in blocks:
+            block.compiled = False

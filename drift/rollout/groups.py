@@ -1,12 +1,10 @@
-"""Rollouts of a batch of prompts: a group of completions for each, in pieces that fit into memory."""
+"""Rollouts of a batch of prompts: a group of completions for each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from drift.contract import PromptBatch, Rollout
 from drift.models import DiffusionLM
@@ -36,7 +34,7 @@ def rollout_groups(
         group_size: completions of a prompt.
         batch_size: rows decoded at once; None: all.
         seed: of the draws.
-        on_progress: called with (done, total), in positions.
+        on_progress: see `denoise`.
 
     Returns:
         N = B * group_size rows, without rewards.
@@ -45,35 +43,13 @@ def rollout_groups(
     seeds = fold(seed, batch.positions[:, None], members).flatten()
     prompt_ids = batch.prompt_ids.repeat_interleave(group_size, dim=0)
     prompt_mask = batch.prompt_mask.repeat_interleave(group_size, dim=0)
-    pieces = torch.arange(len(seeds), device=seeds.device).split(batch_size or len(seeds))
-    parts = []
-    for number, rows in enumerate(pieces):
-        report = _scaled(on_progress, number, len(pieces)) if on_progress is not None else None
-        parts.append(
-            denoise(
-                policy,
-                prompt_ids[rows],
-                prompt_mask[rows],
-                completion_length,
-                config,
-                seeds=seeds[rows],
-                on_progress=report,
-            )
-        )
-    return concatenate(parts)
-
-
-def concatenate(parts: Sequence[Rollout]) -> Rollout:
-    """One rollout of the rows of several that have the same lengths."""
-    joined = {}
-    for field in fields(Rollout):
-        values = [getattr(part, field.name) for part in parts]
-        if isinstance(values[0], Tensor):
-            joined[field.name] = torch.cat(values)
-    return replace(parts[0], **joined, num_forwards=sum(part.num_forwards for part in parts))
-
-
-def _scaled(
-    on_progress: Callable[[int, int], None], piece: int, num_pieces: int
-) -> Callable[[int, int], None]:
-    return lambda done, total: on_progress(piece * total + done, num_pieces * total)
+    return denoise(
+        policy,
+        prompt_ids,
+        prompt_mask,
+        completion_length,
+        config,
+        seeds=seeds,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,42 +20,52 @@ class Candidates:
     score: Tensor  # [m] float32, higher commits first
 
 
-def candidates(logits: Tensor, config: DenoiseConfig, uniforms: Tensor) -> Candidates:
+def candidates(logits: Tensor, config: DenoiseConfig, uniforms: Tensor | None = None) -> Candidates:
     """The candidate token of every masked position, with its probability and score.
 
     Args:
         logits: [m,V] float32 over legal tokens.
         config: temperature, filters and score.
-        uniforms: [m,2] float64 in (0,1): one draw for the token, one for the random score.
+        uniforms: [m,2] float64 in (0,1): one draw for the token, one for the random score; may be missing
+            where neither is drawn.
     """
-    log_total = logits.logsumexp(dim=-1)
-    if config.temperature == 0:
-        top, token = logits.max(dim=-1)
-    else:
-        token = sample(logits, uniforms[:, 0], config)
-        top = logits.gather(-1, token[:, None])[:, 0]
+    top, token = _highest(logits)
+    mass = logits.sub(top[:, None]).exp_()
+    total = mass.sum(dim=-1)
+    best = 1 / total
+    prob = best
+    if config.temperature != 0:
+        assert uniforms is not None
+        token = sample(logits, uniforms[:, 0], config, mass)
+        prob = mass.gather(-1, token[:, None])[:, 0] * best
     # Above 0 even where it underflows: 0 says that nothing was recorded.
-    prob = (top - log_total).exp().clamp(min=torch.finfo(torch.float32).tiny)
+    prob = prob.clamp(min=torch.finfo(torch.float32).tiny)
     if config.score == "confidence":
         score = prob
     elif config.score == "margin":
-        best = (logits.topk(2, dim=-1).values - log_total[:, None]).exp()
-        score = best[:, 0] - best[:, 1]
+        second = mass.topk(2, dim=-1).values[:, 1]
+        score = best * (1 - second)
     elif config.score == "neg_entropy":
-        score = (logits.sub(log_total[:, None]).exp() * logits).sum(dim=-1) - log_total
+        score = torch.xlogy(mass, mass).sum(dim=-1) / total - total.log()
     else:
+        assert uniforms is not None
         score = uniforms[:, 1].float()
     return Candidates(token=token, prob=prob, score=score)
 
 
-def sample(logits: Tensor, uniform: Tensor, config: DenoiseConfig) -> Tensor:
-    """[m] int64 tokens drawn from the filtered softmax(logits / temperature), by inverting its distribution.
+def sample(
+    logits: Tensor, uniform: Tensor, config: DenoiseConfig, untempered: Tensor | None = None
+) -> Tensor:
+    """[m] int64 tokens drawn from the filtered softmax(logits / temperature).
 
     Args:
         logits: [m,V] float32.
         uniform: [m] float64 in (0,1).
         config: temperature > 0, top_k and top_p.
+        untempered: [m,V] float32, exp(logits) but for a factor of each row, where it is known.
     """
+    if config.temperature == 1 and config.top_k is None and config.top_p is None and untempered is not None:
+        return draw(untempered, uniform)
     scaled = logits / config.temperature
     order = None
     if config.top_k is not None:
@@ -65,22 +76,67 @@ def sample(logits: Tensor, uniform: Tensor, config: DenoiseConfig) -> Tensor:
     if config.top_p is not None:
         before = probs.cumsum(dim=-1) - probs
         probs = probs * (before < config.top_p)
-    cumulative = probs.cumsum(dim=-1)
-    target = (uniform * cumulative[:, -1].double()).float()
-    drawn = torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=probs.shape[-1] - 1)
-    # Rounding at the very end of the sum can land on a token of probability 0, which must never be drawn.
-    drawn = torch.where(probs.gather(-1, drawn) > 0, drawn, probs.argmax(dim=-1, keepdim=True))
-    return (drawn if order is None else order.gather(-1, drawn))[:, 0]
+    drawn = draw(probs, uniform)
+    return drawn if order is None else order.gather(-1, drawn[:, None])[:, 0]
 
 
-def commits(score: Tensor, masked: Tensor, threshold: float | None, quota: int) -> Tensor:
+def draw(mass: Tensor, uniform: Tensor) -> Tensor:
+    """[m] int64 indices drawn in proportion to `mass`, by inverting its running sum, never one of mass 0.
+
+    First a group of neighbours, then one of these: the running sum of a whole vocabulary is slow, and in
+    float32 it is not exact.
+
+    Args:
+        mass: [m,V] float32 >= 0, with some above 0 in every row.
+        uniform: [m] float64 in (0,1).
+    """
+    groups = _grouped(mass)
+    until = groups.sum(dim=-1).double().cumsum(dim=-1)
+    target = _below(uniform * until[:, -1], until[:, -1])
+    group = _place(until, target)
+    passed = until.gather(-1, (group - 1).clamp(min=0)[:, None])[:, 0].masked_fill(group == 0, 0.0)
+    inside = _picked(groups, group).double().cumsum(dim=-1)
+    return group * groups.shape[-1] + _place(inside, _below(target - passed, inside[:, -1]))
+
+
+def _highest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest logit [m] of every row and its place [m], the first of equals."""
+    # Several times faster than max(dim=-1), which looks for the place of the highest all along.
+    groups = _grouped(logits)
+    highest, group = groups.amax(dim=-1).max(dim=-1)
+    return highest, group * groups.shape[-1] + _picked(groups, group).argmax(dim=-1)
+
+
+def _grouped(values: Tensor) -> Tensor:
+    """[m,V] as [m,V/w,w], w a power of two up to 64."""
+    return values.unflatten(-1, (-1, math.gcd(values.shape[-1], 64)))
+
+
+def _picked(groups: Tensor, group: Tensor) -> Tensor:
+    """One group [m,w] of each row of [m,G,w]."""
+    return groups[torch.arange(len(group), device=group.device), group]
+
+
+def _place(until: Tensor, target: Tensor) -> Tensor:
+    """[m] the first place of each row at which a running sum [m,n] is above the target."""
+    # Nothing is above a sum that is not a number: a policy that broke must not end in an index out of range.
+    return torch.searchsorted(until, target[:, None], right=True)[:, 0].clamp(max=until.shape[-1] - 1)
+
+
+def _below(value: Tensor, bound: Tensor) -> Tensor:
+    """The value, or the largest number below the bound where it isn't below: rounding can lead there."""
+    return torch.minimum(value, torch.nextafter(bound, torch.zeros_like(bound)))
+
+
+def commits(score: Tensor, masked: Tensor, threshold: float | None, quota: Tensor | int = 0) -> Tensor:
     """[n,b] bool, the masked positions of a block that commit now.
 
     Args:
         score: [n,b] float32; any value where not masked.
         masked: [n,b] bool, at least one a row.
         threshold: every position that reaches it commits, or a row's best where none does; None: static.
-        quota: static schedule: positions of a row that commit, the best ones; the first of equals.
+        quota: static schedule: positions of each row that commit, [n,1] or the same for all; the best ones,
+            the first of equals.
     """
     score = score.masked_fill(~masked, -torch.inf)
     if threshold is None:

@@ -231,7 +231,7 @@ def test_a_mask_that_is_emitted(make_policy, monkeypatch: pytest.MonkeyPatch):
     policy = make_policy(vocab_size=SIZE, mask_token_id=MASK, favour={MASK: 150.0})
     tokenizer = character_tokenizer(SIZE, PAD, MASK)
     assert failures(examine(policy, tokenizer, [])) == ""
-    monkeypatch.setattr(LLaDA, "forbid_illegal", lambda self, logits: logits)
+    monkeypatch.setattr(LLaDA, "forbid_illegal", lambda self, logits, **_: logits)
     found = {check.name: check for check in examine(policy, tokenizer, [])}
     assert found["legal tokens"].status == "failed"
 

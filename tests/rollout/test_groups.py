@@ -71,5 +71,5 @@ def test_progress_goes_from_the_first_block_to_the_end(policy: LLaDA, batch: Pro
     seen: list[tuple[int, int]] = []
     config = DenoiseConfig(block_length=4, threshold=None, steps=2)
     rollout_groups(policy, batch, 8, config, batch_size=2, on_progress=lambda *at: seen.append(at))
-    # Two pieces of two blocks of four positions.
-    assert seen == [(4, 16), (8, 16), (12, 16), (16, 16)]
+    # Two rows of two blocks of four positions, then the third: 8, 16, 20 and 24 of 24, for three rows.
+    assert seen == [(2, 8), (5, 8), (6, 8), (8, 8)]
