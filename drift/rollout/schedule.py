@@ -16,10 +16,9 @@ from torch import Tensor
 from drift.rollout.cache import PrefixCache
 from drift.rollout.config import DenoiseConfig
 
-# Rows whose lengths differ by more than this share of the longest, or this many positions, share no pass:
-# shorter ones would compute that much padding.
-LENGTH_SHARE = 8
-LENGTH_STEP = 32
+# Rows share passes as long as less than this share of their positions, or this many, are padding of theirs.
+PADDING_SHARE = 1 / 8
+PADDING_LEAST = 256
 
 
 @dataclass(slots=True)
@@ -99,7 +98,7 @@ class Schedule:
         self._device = device
         self._quotas = quotas
         self._paddings = paddings
-        self._starts = _starts(paddings, max(LENGTH_STEP, total_length // LENGTH_SHARE))
+        self._starts = _starts(paddings, total_length)
         # Rows of about one length at a time.
         self._waiting = deque(sorted(range(len(paddings)), key=paddings.__getitem__))
         self._ready: dict[tuple[int, ...], Cohort] = {}
@@ -174,7 +173,7 @@ class Schedule:
         for part in parts[: len(self._waiting)]:
             index = self._waiting.popleft()
             padding, length = self._paddings[index], self._config.block_length
-            start = self._starts[padding]
+            start = self._starts[index]
             row = Row(index, part, start, padding > start, num_masked=length)
             self._add(Cohort([row], None, length, self._device))
 
@@ -192,13 +191,16 @@ class Schedule:
         self._ready[key] = cohort
 
 
-def _starts(paddings: Sequence[int], step: int) -> dict[int, int]:
-    """Where the passes of rows with each padding begin: at one that is less than a step below, or it."""
-    starts, start = {}, None
-    for padding in sorted(set(paddings)):
-        if start is None or padding >= start + step:
-            start = padding
-        starts[padding] = start
+def _starts(paddings: Sequence[int], total_length: int) -> dict[int, int]:
+    """Where the passes of each row begin: at its own padding, or at that of a somewhat longer row."""
+    starts, start, num_padding, num_positions = {}, 0, 0, 0
+    for index in sorted(range(len(paddings)), key=paddings.__getitem__):
+        padding = paddings[index]
+        if not starts or num_padding + padding - start > max(PADDING_LEAST, PADDING_SHARE * num_positions):
+            start, num_padding, num_positions = padding, 0, 0
+        starts[index] = start
+        num_padding += padding - start
+        num_positions += total_length - padding
     return starts
 
 
