@@ -13,7 +13,7 @@ setup: $(STAMP)  ## make .venv with the tested versions (again only when they ch
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lora]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lora,bench]'
 	@command -v bwrap >/dev/null || echo "no bubblewrap: rewards that run code need it (apt install bubblewrap)"
 	touch $@
 
@@ -36,7 +36,7 @@ format: setup  ## sort the imports, mend what ruff can, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## run every benchmark; each prints one JSON line
+bench: setup  ## run every benchmark; each writes benchmarks/results/
 	@set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
 
 clean:  ## remove the environment and everything that was built

@@ -152,14 +152,14 @@ def sampling_head(sizes: PolicySizes, config: DenoiseConfig, rows: int, chunk: i
         chunk: positions that are expanded to the vocabulary at once.
     """
     logits = min(rows * config.block_length, chunk) * sizes.vocab_rows
-    if config.temperature == 0:
-        copies = 3  # logits, legal logits, one temporary of their sum
+    if config.temperature == 0 or (config.temperature == 1 and config.top_k is None and config.top_p is None):
+        copies = 1.5  # logits, as the head gives them and in float32; all else is made in place
     elif config.top_k is not None:
-        copies = 3  # and tempered ones, after that temporary
+        copies = 3  # legal logits, probabilities but for a factor, tempered logits
     elif config.top_p is not None:
-        copies = 9  # and sorted ones, their 64-bit places, as much again while they are sorted
+        copies = 8  # and sorted ones, their 64-bit places, as much again while they are sorted
     else:
-        copies = 5  # and tempered logits, probabilities, their running sum
+        copies = 4.25  # and their probabilities, and sums of groups of them
     if config.score == "neg_entropy":
-        copies = max(copies, 5)
-    return copies * FULL * logits
+        copies = max(copies, 2)
+    return int(copies * FULL * logits)

@@ -255,7 +255,8 @@ def _decoding(
     policy = settings.policy
     rows = min(rows, settings.rollout_batch_size or rows)
     total = min(settings.max_prompt_length + length, policy.max_length)
-    prefix = max(total - config.block_length, 0) if config.use_cache else 0
+    # Prefix and window are longest in the last block.
+    prefix = total if config.use_cache else 0
     cache = 2 * policy.num_blocks * policy.kv_width * prefix * rows * numbers.compute
     # The copy of a frozen weight is there while its layer computes; those of trained ones are counted apart.
     copied = numbers.cast and numbers.adapter is not None

@@ -140,7 +140,7 @@ def _scored(
         draws = [uniform(torch.stack((fold(key, 0), fold(key, 1)), dim=1))]
 
     def read(logits: Tensor, uniforms: Tensor | None = None) -> tuple[Tensor, ...]:
-        found = candidates(policy.forbid_illegal(logits, in_place=True), config, uniforms)
+        found = candidates(policy.forbid_illegal(logits, in_place=True), config, uniforms, overwrite=True)
         return found.token, found.prob, found.score
 
     where = position + (canvas.prompt_length - start)

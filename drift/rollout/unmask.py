@@ -20,7 +20,9 @@ class Candidates:
     score: Tensor  # [m] float32, higher commits first
 
 
-def candidates(logits: Tensor, config: DenoiseConfig, uniforms: Tensor | None = None) -> Candidates:
+def candidates(
+    logits: Tensor, config: DenoiseConfig, uniforms: Tensor | None = None, *, overwrite: bool = False
+) -> Candidates:
     """The candidate token of every masked position, with its probability and score.
 
     Args:
@@ -28,15 +30,19 @@ def candidates(logits: Tensor, config: DenoiseConfig, uniforms: Tensor | None = 
         config: temperature, filters and score.
         uniforms: [m,2] float64 in (0,1): one draw for the token, one for the random score; may be missing
             where neither is drawn.
+        overwrite: the logits are not needed afterwards.
     """
     top, token = _highest(logits)
-    mass = logits.sub(top[:, None]).exp_()
+    plain = config.temperature == 1 and config.top_k is None and config.top_p is None
+    overwrite = overwrite and (plain or config.temperature == 0)
+    mass = torch.sub(logits, top[:, None], out=logits if overwrite else None).exp_()
     total = mass.sum(dim=-1)
     best = 1 / total
     prob = best
     if config.temperature != 0:
         assert uniforms is not None
-        token = sample(logits, uniforms[:, 0], config, mass)
+        draws = uniforms[:, 0]
+        token = draw(mass, draws) if plain else sample(logits, draws, config)
         prob = mass.gather(-1, token[:, None])[:, 0] * best
     # Above 0 even where it underflows: 0 says that nothing was recorded.
     prob = prob.clamp(min=torch.finfo(torch.float32).tiny)
@@ -53,19 +59,14 @@ def candidates(logits: Tensor, config: DenoiseConfig, uniforms: Tensor | None = 
     return Candidates(token=token, prob=prob, score=score)
 
 
-def sample(
-    logits: Tensor, uniform: Tensor, config: DenoiseConfig, untempered: Tensor | None = None
-) -> Tensor:
+def sample(logits: Tensor, uniform: Tensor, config: DenoiseConfig) -> Tensor:
     """[m] int64 tokens drawn from the filtered softmax(logits / temperature).
 
     Args:
         logits: [m,V] float32.
         uniform: [m] float64 in (0,1).
         config: temperature > 0, top_k and top_p.
-        untempered: [m,V] float32, exp(logits) but for a factor of each row, where it is known.
     """
-    if config.temperature == 1 and config.top_k is None and config.top_p is None and untempered is not None:
-        return draw(untempered, uniform)
     scaled = logits / config.temperature
     order = None
     if config.top_k is not None:

@@ -198,6 +198,9 @@ def test_an_update_of_adapters_needs_what_is_planned(make, meter, dtype, precisi
         ({}, {"temperature": 0.0}),
         ({"vocab_size": 2048}, {"temperature": 1.0, "use_cache": True}),
         ({"vocab_size": 2048}, {"temperature": 1.0, "top_k": 5}),
+        ({"vocab_size": 2048}, {"temperature": 1.0, "top_p": 0.9}),
+        ({"vocab_size": 2048}, {"temperature": 0.5}),
+        ({"vocab_size": 2048}, {"temperature": 0.0, "score": "neg_entropy"}),
     ],
 )
 def test_a_rollout_needs_what_is_planned(make, make_prompts, meter, dtype, precision, changes, decode):
@@ -231,11 +234,12 @@ def test_the_heads_chunk_by_what_sampling_makes_of_it(make):
         decode = DenoiseConfig(block_length=16, **config)
         return sampling_head(sizes, decode, rows, chunk) / (32 * 48 * 4)
 
-    assert copies() == 3
-    assert copies(temperature=1.0) == 5
+    assert copies() == 1.5
+    assert copies(temperature=1.0) == 1.5
+    assert copies(temperature=0.5) == 4.25
     assert copies(temperature=1.0, top_k=4) == 3
-    assert copies(temperature=1.0, top_p=0.9) == 9
-    assert copies(score="neg_entropy", threshold=-0.1) == 5
+    assert copies(temperature=1.0, top_p=0.9) == 8
+    assert copies(score="neg_entropy", threshold=-0.1) == 2
     # A chunk bounds it.
-    assert copies(chunk=16) == 1.5
-    assert copies(rows=4) == 6
+    assert copies(chunk=16) == 0.75
+    assert copies(rows=4) == 3

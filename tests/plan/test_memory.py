@@ -152,12 +152,12 @@ def test_rows_that_cannot_be_shared_evenly_are_counted_for_the_fullest_rank(make
     assert plan.parameters == 4 * (NUM - 2 * 48 * 32) // 4 + 4 * 2 * 13 * 32
 
 
-def test_the_cache_holds_keys_and_values_of_the_longest_prefix(settings: PlanSettings):
+def test_the_cache_holds_keys_and_values_of_prefix_and_window(settings: PlanSettings):
     assert plan_memory(settings).cache == 0
     cached = replace(settings.decode, use_cache=True)
     plan = plan_memory(replace(settings, decode=cached))
-    # 2 x 2 layers x 32 wide x (32 + 32 - 16) positions x 8 rows, float32.
-    assert plan.cache == 2 * 2 * 32 * 48 * 8 * 4
+    # 2 x 2 layers x 32 wide x (32 + 32) positions, the window's too, x 8 rows, float32.
+    assert plan.cache == 2 * 2 * 32 * 64 * 8 * 4
     half = plan_memory(replace(settings, decode=cached, rollout_batch_size=4, precision="bf16-mixed"))
     assert half.cache == plan.cache // 4
     shared = plan_memory(replace(settings, decode=cached, num_gpus=2))
@@ -165,10 +165,10 @@ def test_the_cache_holds_keys_and_values_of_the_longest_prefix(settings: PlanSet
 
 
 def test_logits_of_a_rollout_are_bounded_by_its_own_chunk(settings: PlanSettings):
-    # 512 rows x 16 positions are more than the 4096 that are expanded at once; three copies, greedy.
+    # 512 rows x 16 positions are more than the 256 that are expanded at once; one and a half copies, greedy.
     many = replace(settings, prompts_per_step=256)
-    assert plan_memory(many).head_rollout == 3 * 4 * 4096 * 48
-    assert plan_memory(settings).head_rollout == 3 * 4 * 8 * 16 * 48
+    assert plan_memory(many).head_rollout == 1.5 * 4 * 256 * 48
+    assert plan_memory(settings).head_rollout == 1.5 * 4 * 8 * 16 * 48
 
 
 def test_evaluation_counts_where_it_needs_more(settings: PlanSettings):
@@ -211,5 +211,5 @@ def test_an_8b_policy_needs_what_the_readme_says(num_gpus: int, known_8b: Callab
     # 32 GB of weights, of gradients and of the reference, 64 of the optimizer.
     states = plan.parameters + plan.gradients + plan.reference + plan.optimizer
     assert states == 20 * 8_015_581_184
-    # 2 x 32 layers x 4096 wide x 1248 positions x rows, bfloat16.
-    assert plan.cache == 2 * 32 * 4096 * (1280 - 32) * (32 if num_gpus == 1 else 16) * 2
+    # 2 x 32 layers x 4096 wide x 1280 positions x rows, bfloat16.
+    assert plan.cache == 2 * 32 * 4096 * 1280 * (32 if num_gpus == 1 else 16) * 2

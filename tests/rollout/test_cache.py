@@ -43,3 +43,17 @@ def test_the_cache_does_not_keep_the_whole_sequence_alive():
     joined, _ = cache.extend(0, keys[:, :, :3], keys[:, :, :3])
     assert joined.shape[2] == 5
     assert cache._keys[0].untyped_storage().nbytes() == 5 * 4 * 4
+
+
+def test_caches_of_two_cohorts_become_one(policy: LLaDA, make_prompts: Callable):
+    ids, _ = make_prompts(10, 10, 10)
+    one, other = PrefixCache(4), PrefixCache(4)
+    with torch.no_grad():
+        full = policy(ids, None, None, one)
+        one.keep(torch.tensor([True, False, False]))
+        policy(ids[1:], None, None, other)
+        # A window has been fed behind one of them only.
+        policy(ids[:1, 4:], None, torch.arange(4, 10)[None], one)
+        one.append(other)
+        window = policy(ids[:, 4:], None, torch.arange(4, 10).expand(3, -1), one)
+    torch.testing.assert_close(window, full[:, 4:], rtol=0, atol=1e-4)

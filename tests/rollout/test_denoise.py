@@ -10,7 +10,7 @@ from drift.logprobs import token_logprobs
 from drift.masking import masked_batch
 from drift.mismatch import measure_mismatch
 from drift.models import LLaDA
-from drift.rollout import DenoiseConfig, denoise
+from drift.rollout import DenoiseConfig, PrefixCache, denoise
 from drift.samplers import FullSampler
 
 LENGTHS = (9, 5, 7, 2, 9, 6)
@@ -381,3 +381,97 @@ def test_the_prompt_comes_back_as_it_was(policy: LLaDA, prompts: tuple[Tensor, T
     assert torch.equal(rollout.prompt_ids, before)
     assert torch.equal(ids, before)
     assert torch.equal(rollout.prompt_mask, mask)
+
+
+def many_prompts(make_prompts: Callable) -> tuple[Tensor, Tensor]:
+    """Twelve rows of very different lengths: not all of them share their passes."""
+    return make_prompts(90, 5, 7, 60, 9, 6, 88, 30, 31, 2, 75, 9)
+
+
+@every_config
+@pytest.mark.parametrize("changes", [{}, {"interleave": 2}, {"interleave": 3}], ids=str)
+def test_a_queue_gives_what_all_rows_at_once_give(
+    ending_policy: LLaDA, make_prompts: Callable, settings: dict, changes: dict
+):
+    ids, mask = many_prompts(make_prompts)
+    seeds = torch.arange(len(ids))
+    config = DenoiseConfig(block_length=BLOCK, **settings, **changes)
+    with watched(ending_policy) as passes:
+        queued = denoise(ending_policy, ids, mask, LENGTH, config, seeds=seeds, batch_size=5)
+    assert max(map(len, passes)) <= 5
+    # No pass computes a row that has nothing to decode, even where the host reads behind.
+    assert sum(map(len, passes)) == queued.num_timesteps.sum()
+    for row in range(len(ids)):
+        one = slice(row, row + 1)
+        length = int(mask[row].sum())
+        alone = run(ending_policy, ids[one, -length:], mask[one, -length:], settings, seeds[one])
+        assert_same(alone, queued.select(seeds[one]))
+
+
+def test_one_slow_row_does_not_hold_the_others(policy: LLaDA, make_prompts: Callable):
+    """The passes of a queue are fuller than those of batches that wait for their slowest row."""
+    ids, mask = make_prompts(*[9] * 24)
+    config = DenoiseConfig(block_length=BLOCK, threshold=0.6)
+    queued = denoise(policy, ids, mask, LENGTH, config, seeds=torch.arange(24), batch_size=6)
+    batches = [
+        denoise(policy, i, m, LENGTH, config, seeds=torch.arange(6))
+        for i, m in zip(ids.split(6), mask.split(6), strict=True)
+    ]
+    assert len(queued.num_timesteps.unique()) > 1
+    assert queued.num_forwards < sum(rollout.num_forwards for rollout in batches)
+
+
+def test_short_prompts_cost_little_padding(policy: LLaDA, make_prompts: Callable):
+    ids, mask = make_prompts(*[8] * 16, *[200] * 16)
+    settings = {"threshold": None, "steps": 4, "stop_at_padding": False}
+    with watched(policy) as passes:
+        run(policy, ids, mask, settings)
+    real = 4 * (16 * (8 + LENGTH) + 16 * (200 + LENGTH))
+    assert real <= sum(rows.numel() for rows in passes) <= 1.125 * real
+
+
+@pytest.mark.parametrize("horizon", [0, 3])
+def test_a_dual_cache_feeds_the_window_and_sees_everything(
+    policy: LLaDA, prompts: tuple[Tensor, Tensor], horizon: int
+):
+    """One block that is opened and decoded by hand."""
+    ids, mask = prompts[0][:1], prompts[1][:1]
+    assert mask.all()
+    settings = {"threshold": None, "steps": 8, "stop_at_padding": False, "use_cache": True}
+    settings |= {"horizon": horizon, "dual_cache": True}
+    with watched(policy) as passes:
+        rollout = run(policy, ids, mask, settings)
+    assert [rows.shape[1] for rows in passes[:2]] == [25, BLOCK + horizon]
+    whole = passes[0]
+    cache = PrefixCache(9, dual=True)
+    with torch.no_grad():
+        policy(whole, None, None, cache)
+        positions = torch.arange(9, 9 + BLOCK + horizon)[None]
+        logits = policy.head(policy(passes[1], None, positions, cache))[0, :BLOCK]
+        narrow = PrefixCache(9)
+        policy(whole, None, None, narrow)
+        unseen = policy.head(policy(passes[1], None, positions, narrow))[0, :BLOCK]
+    second = rollout.step_map[0, :BLOCK] == 1
+    expected = policy.forbid_illegal(logits)[second].softmax(dim=-1).amax(dim=-1)
+    torch.testing.assert_close(rollout.token_probs[0, :BLOCK][second], expected, rtol=0, atol=1e-5)
+    # What is after the window matters.
+    assert (logits - unseen).abs().max() > 1e-3
+
+
+def test_a_dual_cache_needs_a_horizon():
+    with pytest.raises(ConfigError, match=r"dual_cache is True: .* horizon to a number"):
+        DenoiseConfig(use_cache=True, dual_cache=True)
+    with pytest.raises(ConfigError, match="interleave is 0"):
+        DenoiseConfig(interleave=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["greedy margin, cache", "sampled"])
+def test_compiled_blocks_give_the_same(ending_policy: LLaDA, prompts: tuple[Tensor, Tensor], name: str):
+    torch._dynamo.reset()
+    expected = run(ending_policy, *prompts, CONFIGS[name])
+    compiled = run(ending_policy, *prompts, CONFIGS[name] | {"compile": True})
+    assert_same(compiled, expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert_same(run(ending_policy, *prompts, CONFIGS[name] | {"compile": True}), expected)
+    assert not any(block.compiled for block in ending_policy.blocks)
