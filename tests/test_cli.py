@@ -452,7 +452,7 @@ def test_extra_rewards_are_set_by_name_and_evaluated_by_parts(tiny: list[str], t
             f"--summary.path={tmp_path / 'test.json'}",
         ]
     )
-    results = json.loads((tmp_path / "test.json").read_text())
+    (results,) = json.loads((tmp_path / "test.json").read_text())["results"]
     parts = {name: results[f"reward/{name}"] for name in ("sudoku", "format", "length")}
     expected = parts["sudoku"] + 0.5 * parts["format"] + parts["length"]
     assert results["reward"] == pytest.approx(expected, abs=1e-6)

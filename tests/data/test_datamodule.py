@@ -99,12 +99,14 @@ def test_ranks_share_the_prompts(tiny_folder: Path, write, monkeypatch, world_si
     for rank in range(world_size):
         monkeypatch.setattr("drift.distributed.world_size", lambda: world_size)
         monkeypatch.setattr("drift.distributed.rank", lambda rank=rank: rank)
+        monkeypatch.setattr(module_under_test, "require_agreement", lambda name, value: None)
         ranks.append(training_prompts(data(tiny_folder, train=write(FIVE), prompts_per_step=4), 3))
     assert [[prompt for rank in ranks for prompt in rank[step]] for step in range(3)] == alone
 
 
 def test_prompts_that_cannot_be_shared_evenly_are_an_error(tiny_folder: Path, write, monkeypatch):
     monkeypatch.setattr("drift.distributed.world_size", lambda: 3)
+    monkeypatch.setattr(module_under_test, "require_agreement", lambda name, value: None)
     with pytest.raises(ConfigError, match=r"data\.prompts_per_step is 4: .*multiple of the 3 ranks"):
         training_prompts(data(tiny_folder, train=write(FIVE), prompts_per_step=4), 1)
 
@@ -344,7 +346,6 @@ def test_a_tokenizer_of_another_policy_stops_before_weights_are_loaded(
         pytest.fail("weights were loaded before the tokenizer was checked")
 
     monkeypatch.setattr(drift.policy_module, "load_policy", must_not_load)
-    monkeypatch.setattr(drift.module, "load_policy", must_not_load)
     spoil(tmp_path / "tokenizer")
     prompts = PromptDataModule(SudokuTask(), tokenizer=str(tmp_path / "tokenizer"))
     rollout = RolloutCallback(completion_length=16, decode=DECODE, evaluation=DECODE)
