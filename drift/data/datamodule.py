@@ -23,6 +23,7 @@ from drift.data.benchmarks import (
     rows_to_compare,
 )
 from drift.data.guard import ContaminationGuard
+from drift.data.refill import RefillPrompts, require_groups
 from drift.data.sources import Source, load_rows
 from drift.data.stream import (
     EvaluationPrompts,
@@ -137,6 +138,7 @@ class PromptDataModule(LightningDataModule):
         self.examples: list[Problem] = []  # the stage's first problems, to be shown and probed with
         self._first: list[Mapping[str, Any]] = []
         self._train: Rows | None = None
+        self.refill: RefillPrompts  # beside the stream, once `train_dataloader` has run
         self.evaluation_sets: dict[str, list[EvaluationSet]] = {}  # by split; loader i of a split is set i
 
     @property
@@ -163,12 +165,8 @@ class PromptDataModule(LightningDataModule):
             self.chat_template,
             policy_config.get("model_type"),
         )
-        train_groups = getattr(module, "train_groups", None)
-        if stage == "fit" and train_groups is not None and train_groups > self.prompts_per_step:
-            raise ConfigError(
-                f"model.train_groups is {train_groups}: data.prompts_per_step rolls out only "
-                f"{self.prompts_per_step} groups; lower the one or raise the other"
-            )
+        if stage == "fit":
+            require_groups(getattr(module, "train_groups", None), self.prompts_per_step)
         if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 0:
             raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
         split = "validation" if stage in ("fit", "validate") else "test"
@@ -192,9 +190,11 @@ class PromptDataModule(LightningDataModule):
         assert self.trainer is not None
         assert self._train is not None
         path = type(self.task).__name__ if self.train_source is None else self.train_source.path
+        collate = self._collate(self.task, f"data.train ({path})", self.demonstration_length)
+        self.refill = RefillPrompts(self._train, collate)
         stream = PromptStream(
             self._train,
-            self._collate(self.task, f"data.train ({path})", self.demonstration_length),
+            collate,
             self.prompts_per_step,
             share_of_rank(self.prompts_per_step, "data.prompts_per_step"),
             start_step=self.trainer.global_step,
@@ -260,7 +260,7 @@ class PromptDataModule(LightningDataModule):
                 rows = rows.filter(self._is_short)
             # Before they are shuffled: that reads thousands of them.
             self._first = list(islice(rows, _NUM_EXAMPLES))
-            return StreamedRows(rows.shuffle(seed=self.seed, buffer_size=10_000) if self.shuffle else rows)
+            return StreamedRows(rows, self.seed if self.shuffle else None)
         left_out = self.guard.check(rows, self.task, where, self._run_folder)
         fitting = fitting_rows(
             rows,

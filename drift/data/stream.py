@@ -13,9 +13,13 @@ from torch.utils.data import IterableDataset
 
 from drift.contract import ConfigError, PromptBatch
 from drift.data.template import PromptTemplate
+from drift.randomness import fold
 from drift.tasks import ProceduralTask, Task
 
 Row = Mapping[str, Any]
+# Places from here on are of prompts beside the stream, which never comes so far.
+BESIDE = 2**40
+_SHUFFLE_BUFFER = 10_000  # rows of a streaming dataset
 
 
 class Rows(Protocol):
@@ -25,21 +29,31 @@ class Rows(Protocol):
         """The rows from this place on."""
         ...
 
+    def beside(self) -> Rows:
+        """Other rows that a task makes, or the same ones in orders of their own, always shuffled."""
+        ...
+
 
 class ProceduralRows:
     """Rows that a task makes up.
 
     Args:
         task: makes them, each from its place.
+        first: index of the first one.
     """
 
-    def __init__(self, task: ProceduralTask) -> None:
+    def __init__(self, task: ProceduralTask, first: int = 0) -> None:
         self.task = task
+        self.first = first
 
     def starting_at(self, position: int) -> Iterator[Row]:
         """The rows from this place on."""
-        for index in count(position):
+        for index in count(self.first + position):
             yield self.task.row("train", index)
+
+    def beside(self) -> ProceduralRows:
+        """Rows that are made of other indices."""
+        return ProceduralRows(self.task, BESIDE)
 
 
 class ShuffledRows:
@@ -64,6 +78,10 @@ class ShuffledRows:
                 yield self.rows[index]
             offset = 0
 
+    def beside(self) -> ShuffledRows:
+        """The same rows in other orders."""
+        return ShuffledRows(self.rows, _other_seed(self.seed))
+
     def _order(self, epoch: int) -> list[int]:
         if not self.shuffle:
             return list(range(len(self.rows)))
@@ -75,11 +93,14 @@ class StreamedRows:
     """The rows of a streaming dataset, epoch after epoch; it starts late by reading past what comes before.
 
     Args:
-        rows: the dataset, with its shuffle buffer where one is wanted.
+        rows: the dataset.
+        seed: of the shuffle buffer; None: the rows stay in their order.
     """
 
-    def __init__(self, rows: StreamingDataset) -> None:
-        self.rows = rows
+    def __init__(self, rows: StreamingDataset, seed: int | None = None) -> None:
+        self.unshuffled = rows
+        self.seed = seed
+        self.rows = rows if seed is None else rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
 
     def starting_at(self, position: int) -> Iterator[Row]:
         """The rows from this place on."""
@@ -96,6 +117,15 @@ class StreamedRows:
                 raise ConfigError(
                     "data.train is a streaming dataset without rows: give it some, or another path"
                 )
+
+    def beside(self) -> StreamedRows:
+        """The same rows in other orders."""
+        return StreamedRows(self.unshuffled, _other_seed(self.seed or 0))
+
+
+def _other_seed(seed: int) -> int:
+    # Torch's generators look at 32 bits alone, and each epoch counts up.
+    return int(fold(seed, BESIDE)) % 2**31
 
 
 class PromptStream(IterableDataset[PromptBatch]):

@@ -41,7 +41,7 @@ def in_order(tmp_path: Path) -> Rows:
 
 
 def streamed(tmp_path: Path) -> Rows:
-    return StreamedRows(streaming_dataset(tmp_path).shuffle(seed=3, buffer_size=4))
+    return StreamedRows(streaming_dataset(tmp_path), seed=3)
 
 
 def streaming_dataset(tmp_path: Path, rows: list | None = None) -> datasets.IterableDataset:
@@ -90,6 +90,23 @@ def test_a_stream_without_rows_is_an_error(tmp_path: Path):
     rows = StreamedRows(streaming_dataset(tmp_path).filter(lambda row: False))
     with pytest.raises(ConfigError, match=r"data\.train is a streaming dataset without rows"):
         next(iter(rows.starting_at(0)))
+
+
+@KINDS
+def test_rows_beside_the_stream_can_start_anywhere_too(kind: Callable[[Path], Rows], tmp_path: Path):
+    rows = kind(tmp_path)
+    beside = list(islice(rows.beside().starting_at(0), 20))
+    assert beside == list(islice(kind(tmp_path).beside().starting_at(0), 20))
+    assert beside[9:] == list(islice(rows.beside().starting_at(9), 11))
+    stream = list(islice(rows.starting_at(0), 20))
+    assert beside != stream
+    if kind is procedural:
+        puzzles = [[row["puzzle"] for row in found] for found in (beside, stream)]
+        assert not set(puzzles[0]) & set(puzzles[1])
+    else:
+        for epoch in (beside[:7], beside[7:14]):
+            assert sorted(row["n"] for row in epoch) == list(range(7))
+            assert epoch != NUMBERS, "they are shuffled, whatever the stream is"
 
 
 Batch = tuple[list, list[int], int]
