@@ -1,4 +1,4 @@
-"""Group-relative advantages (GRPO, arXiv 2402.03300, section 4.1.2), and which groups to train on."""
+"""Group-relative advantages (GRPO, arXiv 2402.03300, section 4.1.2), and the groups to train on."""
 
 from __future__ import annotations
 
@@ -66,6 +66,24 @@ def groups_with_spread(rewards: Tensor, group_size: int) -> Tensor:
         group_size: completions of a prompt.
     """
     return _differs(rewards.float().unflatten(0, (-1, group_size)))
+
+
+def refill_size(num_groups: int, num_useful: int, num_seen: int, most: int) -> int:
+    """Prompts of the next round of a step: what is missing, at the share of useful groups so far; 0: nothing.
+
+    Rolling out until enough groups have differing rewards is DAPO's dynamic sampling (arXiv 2503.14476,
+    section 3.2); rounds of this size are ours.
+
+    Args:
+        num_groups: groups to train on.
+        num_useful: groups so far whose rewards differ.
+        num_seen: all groups so far.
+        most: prompts of a round; so many where no group was useful.
+    """
+    missing = num_groups - num_useful
+    if missing <= 0:
+        return 0
+    return most if num_useful == 0 else min(-(-missing * num_seen // num_useful), most)
 
 
 def _differs(groups: Tensor) -> Tensor:

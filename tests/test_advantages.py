@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drift.advantages import group_advantages, groups_with_spread, select_groups
+from drift.advantages import group_advantages, groups_with_spread, refill_size, select_groups
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,19 @@ def test_groups_alike_are_taken_in_their_order():
 def test_groups_with_spread_are_those_whose_rewards_differ():
     rewards = torch.tensor([0.1, 0.1, 0.1, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0])
     assert groups_with_spread(rewards, 3).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("num_useful", "num_seen", "size"),
+    [
+        (4, 8, 0),
+        (5, 8, 0),
+        (3, 8, 3),  # one is missing, 3 of 8 are useful: 8 / 3
+        (2, 8, 8),  # two are missing: 2 * 8 / 2
+        (1, 8, 8),  # three would take 24
+        (0, 8, 8),  # nobody knows
+        (3, 3, 1),
+    ],
+)
+def test_a_refill_is_as_large_as_what_is_missing_makes_likely(num_useful: int, num_seen: int, size: int):
+    assert refill_size(4, num_useful, num_seen, most=8) == size
