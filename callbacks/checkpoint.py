@@ -12,7 +12,6 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from drift.checkpoints import CheckedCheckpointIO
@@ -34,6 +33,7 @@ from drift.signals import SignalWatch, Stopped, requeue_job, requeue_signal
 from drift.storage import AtomicCheckpointIO, leftovers, link, remove
 
 _STATE = "drift_run"
+_ALONE = ("rollout", "reward")  # stages in which ranks need not wait for each other
 
 
 class CheckpointCallback(ModelCheckpoint):
@@ -43,8 +43,8 @@ class CheckpointCallback(ModelCheckpoint):
     prompt stream, rollout at hand, random streams, callbacks and logs. It is written under another name,
     synced and renamed; where the disk is full the one before stays. SIGINT, SIGTERM and SIGUSR1 write
     `last.ckpt` of the last finished step, and stop with exit status 128 + the signal's number; a second
-    SIGINT or SIGTERM, a second later or more, stops at once. One process breaks off its rollout or validation
-    for that; several ranks meet after it.
+    SIGINT or SIGTERM, a second later or more, stops at once. A rollout or validation is broken off for that,
+    by the ranks that got the signal; with model.gather_for_rollout false the ranks go through with it.
 
     Args:
         every: optimizer steps between two writings of `last.ckpt`, >= 1; it is also written at the end.
@@ -107,7 +107,8 @@ class CheckpointCallback(ModelCheckpoint):
                 remove(path)
         if isinstance(pl_module, PolicyModule):
             pl_module.between_steps = partial(self._between_steps, trainer, pl_module)
-            pl_module.between_passes = partial(self._between_passes, trainer)
+            pl_module.meet = partial(self._meet, pl_module)
+            pl_module.between_passes = partial(self._between_passes, pl_module)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -190,25 +191,26 @@ class CheckpointCallback(ModelCheckpoint):
         if exception.number == requeue_signal(environment) and trainer.is_global_zero:
             rank_zero_info(f"drift: SLURM job {requeue_job()} is back in the queue")
 
-    def _between_steps(self, trainer: Trainer, module: LightningModule, rolled_out: bool) -> None:
-        """Between two steps: writes what is due, and stops on all ranks where one was asked to."""
-        if not rolled_out:  # a rollout may have drawn numbers, and will be made again
-            at_boundary(trainer)
-            self._keep_random(module)
+    def _between_steps(self, trainer: Trainer, module: LightningModule) -> None:
+        """Between two steps: writes what is due, and stops where that was asked for."""
+        at_boundary(trainer)
+        self._keep_random(module)
         step = trainer.global_step
         if step and step % self.every == 0 and step != self._saved_step:
             self._write_last(trainer)
+        self._meet(module)
+
+    def _meet(self, module: LightningModule) -> None:
+        """Where all ranks come by: stops all of them where one was asked to."""
         number = max_over_ranks(0 if self._watch is None else self._watch.pending, module.device)
         if number:
             raise Stopped(number)
 
-    def _between_passes(self, trainer: Trainer, stage: str) -> None:
-        """Between two forward passes: breaks off what will be done again, but no checkpoint."""
+    def _between_passes(self, module: PolicyModule, stage: str) -> None:
+        """Between two forward passes: breaks off what will be done again, and nothing that ranks share."""
         if self._watch is None or not self._watch.pending or stage == "checkpoint":
             return
-        # Where the policy is sharded, or gradients are summed, the ranks must go on together.
-        apart = isinstance(trainer.strategy, DDPStrategy) and trainer.training and stage == "rollout"
-        if world_size() == 1 or apart:
+        if world_size() == 1 or (stage in _ALONE and module.goes_alone):
             raise Stopped(self._watch.pending)
 
     def _cut_logs(self, trainer: Trainer) -> None:

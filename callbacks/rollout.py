@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 
 from drift.contract import ConfigError, PromptBatch, Rollout
-from drift.distributed import failing_together
 from drift.evaluation import GridConfig
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 from drift.rollout import DenoiseConfig, rollout_groups
+from drift.signals import Stopped
 from drift.tasks import ExtraReward, Task, judge, part_names, require_limit, reward_limit
 
 
@@ -123,22 +123,35 @@ class RolloutCallback(Callback):
         self._require_room(module, batch.prompt_ids.shape[1])
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.training:
-            rollout = self._generate(
-                module, batch, self.completion_length, self.decode, self.group_size, self.seed
-            )
-            start = time.perf_counter()
-            self._judge(trainer, module, data.task, batch, rollout)
-            self.seconds = {
-                "rollout/seconds": rollout.seconds,
-                "reward/seconds": time.perf_counter() - start,
-            }
-            return replace(batch, rollout=rollout)
+            with module.alone():
+                return self._training_experience(module, data, batch)
+        try:
+            return self._evaluation_experience(trainer, module, data, batch, set_number)
+        except Stopped:
+            self._end(trainer, module)  # the others come there when they are through
+            raise
+
+    def _training_experience(self, module: PolicyModule, data: Any, batch: PromptBatch) -> PromptBatch:
+        rollout = self._generate(
+            module, batch, self.completion_length, self.decode, self.group_size, self.seed
+        )
+        start = time.perf_counter()
+        self._judge(data, module, data.task, batch, rollout)
+        self.seconds = {
+            "rollout/seconds": rollout.seconds,
+            "reward/seconds": time.perf_counter() - start,
+        }
+        return replace(batch, rollout=rollout)
+
+    def _evaluation_experience(
+        self, trainer: Trainer, module: PolicyModule, data: Any, batch: PromptBatch, set_number: int
+    ) -> PromptBatch:
         split = "validation" if trainer.validating or trainer.sanity_checking else "test"
         task = data.evaluation_sets[split][set_number].task
         grid = []
         for cell in module.cells:
             rollout = self._generate(module, batch, cell.length, cell.decode, cell.samples, cell.seed)
-            self._judge(trainer, module, task, batch, rollout)
+            self._judge(data, module, task, batch, rollout)
             rollout.finished = data.template.finished(rollout.completion_ids)
             grid.append(rollout)
         return replace(batch, rollout=grid[0], grid=grid)
@@ -153,8 +166,8 @@ class RolloutCallback(Callback):
         seed: int,
     ) -> Rollout:
         start = time.perf_counter()
-        module.report("rollout", 0, 1)
         with module.generating():
+            module.report("rollout", 0, 1)
             rollout = rollout_groups(
                 module.policy,
                 batch,
@@ -169,16 +182,13 @@ class RolloutCallback(Callback):
         return rollout
 
     def _judge(
-        self, trainer: Trainer, module: PolicyModule, task: Task, batch: PromptBatch, rollout: Rollout
+        self, data: Any, module: PolicyModule, task: Task, batch: PromptBatch, rollout: Rollout
     ) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         group_size = len(rollout.completion_ids) // len(batch.problems)
         problems = [problem for problem in batch.problems for _ in range(group_size)]
         answers = data.template.answers(rollout.completion_ids, problems)
         module.report("reward", 0, 1)
-        # In evaluation a rank may have no batch while another has one.
-        together = failing_together() if trainer.training else nullcontext()
-        with together, reward_limit(self.reward_timeout_seconds, answers, problems):
+        with reward_limit(self.reward_timeout_seconds, answers, problems):
             judge(batch, rollout, answers, task.reward, self.extra_rewards)
             module.report("reward", 1, 1)
 
@@ -188,7 +198,10 @@ class RolloutCallback(Callback):
         self._evaluation.enter_context(pl_module.at_own_pace())
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
         self._evaluation.close()
+        if pl_module.meet is not None:
+            pl_module.meet()
 
     on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _start
     on_validation_epoch_end = on_test_epoch_end = on_predict_epoch_end = _end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from drift.checkpoints import require_adapters_of, require_resumable, require_weights_of
 from drift.contract import ConfigError, PromptBatch, Rollout
-from drift.distributed import gathered, joined, shard
+from drift.distributed import failing_together, gathered, joined, shard
 from drift.finite import SkippedSteps
 from drift.heartbeat import Stage
 from drift.measured_module import MeasuredModule
@@ -59,9 +59,10 @@ class PolicyModule(MeasuredModule):
     experience: Experience | None = None
     on_progress: Callable[[str, int, int], None] | None = None
     may_be_finished = False  # whether a checkpoint with nothing left to do is no mistake
-    # Where training may stop: between two steps, where all ranks meet, before a rollout and after it (True),
-    # and between two passes of a stage, on this rank.
-    between_steps: Callable[[bool], None] | None = None
+    # Where training may stop: between two steps and after a rollout or validation, where all ranks meet, and
+    # between two passes of a stage, on this rank.
+    between_steps: Callable[[], None] | None = None
+    meet: Callable[[], None] | None = None
     between_passes: Callable[[str], None] | None = None
 
     def __init__(
@@ -165,20 +166,28 @@ class PolicyModule(MeasuredModule):
 
         In training the last step is over, its metrics are logged and the next has not begun.
         """
-        pause = self.between_steps if self.trainer.training else None
-        if pause is not None:
-            pause(False)
+        if self.trainer.training and self.between_steps is not None:
+            self.between_steps()
         if self.experience is None or not self.needs_rollout(batch):
             return batch
-        try:
-            batch = self.experience(self, batch, dataloader_idx)
-        except Stopped:
-            if pause is not None:
-                pause(True)  # this rank has broken its rollout off: the others come here with theirs
-            raise
-        if pause is not None:
-            pause(True)
-        return batch
+        return self.experience(self, batch, dataloader_idx)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """A stretch of a training step that each rank does by itself; all of them meet at its end.
+
+        There the SampleError of one is raised on all, and all stop where one was asked to: it may have broken
+        its stretch off.
+        """
+        with failing_together(), suppress(Stopped):
+            yield
+        if self.meet is not None:
+            self.meet()
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether this rank can break off a rollout or an evaluation while the others go on with theirs."""
+        return self.device_mesh is None or self.gather_for_rollout
 
     def needs_rollout(self, batch: PromptBatch) -> bool:
         """Whether the batch is to be rolled out."""
