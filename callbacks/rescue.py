@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -42,17 +43,22 @@ class RescueCallback(Callback):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(exception, SampleError):
-            self._save_batch(exception, trainer.global_rank)
+            self._save_batch(exception, trainer)
         elif world_size() > 1:
             return  # the others may be waiting elsewhere
         trainer.save_checkpoint(self.folder / "rescue.ckpt")
         kept = self.folder / "rescue.ckpt"
         rank_zero_info(f"the weights of the last finished step: {kept} (go on with --ckpt_path)")
 
-    def _save_batch(self, error: SampleError, rank: int) -> None:
-        path = self.folder / ("rescue.json" if rank == 0 else f"rescue.rank{rank}.json")
-        text = json.dumps({"message": str(error), **error.sample}, indent=2)
-        path.write_text(text, encoding="utf-8")
+    def _save_batch(self, error: SampleError, trainer: Trainer) -> None:
+        name = "rescue.json" if trainer.is_global_zero else f"rescue.rank{trainer.global_rank}.json"
+        path = self.folder / name
+        sample = {"message": str(error), **error.sample}
+        if error.tensors and "prompts" not in sample:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            rows = zip(error.tensors["prompt_ids"], error.tensors["prompt_mask"], strict=True)
+            sample["prompts"] = [data.tokenizer.decode(ids[mask]) for ids, mask in rows]
+        path.write_text(json.dumps(sample, indent=2), encoding="utf-8")
         if error.tensors:
             tensors = {name: value.detach().cpu().contiguous() for name, value in error.tensors.items()}
             save_file(tensors, path.with_suffix(".safetensors"))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities import move_data_to_device
 
+from drift.advantages import refill_size
 from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.evaluation import GridConfig
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 from drift.rollout import DenoiseConfig, rollout_groups
+from drift.selection import count_useful
 from drift.signals import Stopped
 from drift.tasks import ExtraReward, Task, judge, part_names, require_limit, reward_limit
 
@@ -34,6 +37,10 @@ class RolloutCallback(Callback):
         batch_size: rows that are decoded at once on each rank; None: all.
         seed: of all draws; each is keyed by (seed, the prompt's place in the stream, the completion's place
             in its group).
+        refill_rounds: further rounds of a step at most, each of fresh prompts, while fewer than
+            model.train_groups groups have differing rewards (DAPO's dynamic sampling); 0: none. A round is as
+            large as what is missing makes likely, and at most data.prompts_per_step. Rewards, accuracy and
+            timesteps are logged of the first round alone: which prompts come after it depends on its rewards.
         reward_timeout_seconds: how long the rewards of a batch may take, > 0; then training stops with an
             error that names the reward, the completion and the line that it hangs at. None: any time.
 
@@ -52,6 +59,7 @@ class RolloutCallback(Callback):
         extra_rewards: list[ExtraReward] | None = None,
         batch_size: int | None = None,
         seed: int = 0,
+        refill_rounds: int = 0,
         reward_timeout_seconds: float | None = 1200.0,
     ) -> None:
         if group_size < 2:
@@ -63,6 +71,10 @@ class RolloutCallback(Callback):
             raise ConfigError(
                 f"rollout.batch_size is {batch_size}: set it to 1 or more rows, or null for all"
             )
+        if refill_rounds < 0:
+            raise ConfigError(
+                f"rollout.refill_rounds is {refill_rounds}: set it to 0 for no further rounds, or more"
+            )
         self.group_size = group_size
         self.completion_length = completion_length
         self.decode = decode
@@ -71,7 +83,9 @@ class RolloutCallback(Callback):
         self.extra_rewards = extra_rewards or []
         self.batch_size = batch_size
         self.seed = seed
+        self.refill_rounds = refill_rounds
         self.reward_timeout_seconds = reward_timeout_seconds
+        self.figures: dict[str, float] = {}  # of the last training rollout
         self.seconds: dict[str, float] = {}
         self._evaluation = ExitStack()
         decode.require_fits(self.completion_length)
@@ -86,12 +100,25 @@ class RolloutCallback(Callback):
             raise ConfigError(
                 f"RolloutCallback works with an RLDFModule or SFTModule, not {type(pl_module).__name__}"
             )
+        if self.refill_rounds and isinstance(pl_module, RLDFModule) and pl_module.train_groups is None:
+            raise ConfigError(
+                f"rollout.refill_rounds is {self.refill_rounds}: how many groups are enough says "
+                "model.train_groups, which is None; set it, or refill_rounds to 0"
+            )
         pl_module.cells = self.cells[stage]
         self._require_room(pl_module, _longest_prompt(trainer, stage))
         require_limit(self.reward_timeout_seconds)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.measure_parts(part_names(data.task.reward, self.extra_rewards))
         pl_module.experience = partial(self.experience, trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is logged with the further updates of the rollout at hand."""
+        return {"figures": dict(self.figures)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes up the rollout at hand of an earlier run."""
+        self.figures = dict(state_dict["figures"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends the processes of the extra rewards; the task's own are the data module's."""
@@ -123,7 +150,9 @@ class RolloutCallback(Callback):
         self._require_room(module, batch.prompt_ids.shape[1])
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.training:
-            with module.alone():
+            # All rounds of a step in one gathering of the weights.
+            once = self.refill_rounds and module.gather_for_rollout
+            with module.at_own_pace() if once else nullcontext():
                 return self._training_experience(module, data, batch)
         try:
             return self._evaluation_experience(trainer, module, data, batch, set_number)
@@ -132,15 +161,46 @@ class RolloutCallback(Callback):
             raise
 
     def _training_experience(self, module: PolicyModule, data: Any, batch: PromptBatch) -> PromptBatch:
-        rollout = self._generate(
-            module, batch, self.completion_length, self.decode, self.group_size, self.seed
-        )
-        start = time.perf_counter()
-        self._judge(data, module, data.task, batch, rollout)
-        self.seconds = {
-            "rollout/seconds": rollout.seconds,
-            "reward/seconds": time.perf_counter() - start,
-        }
+        """The batch with its rollout, and with further rounds where too few groups have differing rewards."""
+        assert isinstance(module, RLDFModule)
+        self.seconds = {"rollout/seconds": 0.0, "reward/seconds": 0.0}
+        batch = self._round(module, data, batch)
+        assert batch.rollout is not None
+        num_seen = most = data.prompts_per_step
+        num_useful = count_useful(batch.rollout, self.group_size, module.device)
+        # Of the first round alone: what comes after it is chosen by what came out.
+        figures = {**module.measure(batch.rollout), "reward/spread": num_useful / num_seen}
+        # Each step has places of its own, whatever earlier ones needed: made again, it is the same.
+        place = int(batch.positions[0]) // most * self.refill_rounds * most
+        num_rounds, wanted = 1, module.train_groups or 0
+        while num_rounds <= self.refill_rounds and (num := refill_size(wanted, num_useful, num_seen, most)):
+            more = data.refill.share(place + num_seen - most, num)
+            self._require_room(module, more.prompt_ids.shape[1])
+            more = self._round(module, data, move_data_to_device(more, module.device))
+            if more.rollout is not None:
+                batch.refills.append(more)
+            num_useful += count_useful(more.rollout, self.group_size, module.device)
+            num_seen, num_rounds = num_seen + num, num_rounds + 1
+        if wanted:
+            figures["update/spread"] = min(num_useful, wanted) / wanted
+        if self.refill_rounds:
+            figures |= {"rollout/rounds": num_rounds, "rollout/prompts": num_seen}
+        self.figures = {name: float(value) for name, value in figures.items()}
+        return batch
+
+    def _round(self, module: PolicyModule, data: Any, batch: PromptBatch) -> PromptBatch:
+        """The prompts with their rollout, rewards included; ranks without prompts take part, too."""
+        with module.alone():
+            if not batch.problems:
+                with module.generating():
+                    return batch  # the others' passes may need this rank
+            rollout = self._generate(
+                module, batch, self.completion_length, self.decode, self.group_size, self.seed
+            )
+            start = time.perf_counter()
+            self._judge(data, module, data.task, batch, rollout)
+            self.seconds["rollout/seconds"] += rollout.seconds
+            self.seconds["reward/seconds"] += time.perf_counter() - start
         return replace(batch, rollout=rollout)
 
     def _evaluation_experience(
@@ -210,13 +270,7 @@ class RolloutCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Logs what the rollout was like, with each of its updates."""
-        assert isinstance(pl_module, PolicyModule)
-        rollout = batch.rollout
-        if rollout is None and isinstance(pl_module, RLDFModule):
-            rollout = pl_module.learned  # as Lightning would by itself, but not right after a resume
-        if rollout is None:
-            return
-        for name, value in pl_module.measure(rollout).items():
+        for name, value in self.figures.items():
             pl_module.log(name, value, prog_bar=name in ("reward/mean", "rollout/timesteps"))
         pl_module.log_dict(self.seconds)
 

@@ -85,6 +85,7 @@ class PromptBatch:
     update: int = 0  # which update of this rollout is due: 0 is the first
     completion_ids: Tensor | None = None  # [B,C] int64, demonstrations, right-padded; fine-tuning only
     rollout: Rollout | None = None  # attached by the rollout callback
+    refills: list[PromptBatch] = field(default_factory=list)  # further rounds of the step, rolled out
     grid: list[Rollout] = field(default_factory=list)  # in evaluation: one for each cell of the grid
 
 
@@ -110,6 +111,7 @@ class Rollout:
     advantages: Tensor | None = None  # [N] float32
     trained: Tensor | None = None  # [N] bool, rows to train on; None: all
     seeds: Tensor | None = None  # [N] int64, key of every random draw made for the row
+    positions: Tensor | None = None  # [N] int64, place of the row's prompt; known once groups were dealt out
     finished: Tensor | None = (
         None  # [N] bool, an end token or padding stands in the completion; evaluation only
     )

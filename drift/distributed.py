@@ -88,15 +88,6 @@ def failing_together() -> Iterator[None]:
             raise SampleError(f"rank {number}: {message}", {"rank": number})
 
 
-def rows_over_ranks(value: Tensor) -> Tensor:
-    """Every rank's rows, one rank after the other, on every rank: [ranks * N,...] of each rank's [N,...]."""
-    if world_size() == 1:
-        return value
-    parts = [torch.empty_like(value) for _ in range(world_size())]
-    dist.all_gather(parts, value.contiguous())
-    return torch.cat(parts)
-
-
 def highest_over_ranks(value: Tensor) -> Tensor:
     """The element-wise largest of the ranks' tensors, on every rank; not differentiable."""
     if world_size() == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -65,6 +66,9 @@ def finite_on_all_ranks(value: Tensor) -> bool:
 def sample_error(message: str, step: int, batch: PromptBatch, rollout: Rollout | None) -> SampleError:
     """The error that holds the whole batch: `Rollout(**tensors)` is the rollout again, seeds included.
 
+    Where groups were dealt out over the ranks, positions are those of the rollout's rows, and the prompts are
+    there as tokens only.
+
     Args:
         message: what happened.
         step: optimizer steps taken before.
@@ -73,12 +77,12 @@ def sample_error(message: str, step: int, batch: PromptBatch, rollout: Rollout |
     """
     held = batch if rollout is None else rollout
     tensors = {f.name: value for f in fields(held) if isinstance(value := getattr(held, f.name), Tensor)}
-    sample = {
-        "step": step,
-        "update": batch.update,
-        "positions": batch.positions.tolist(),
-        "prompts": [problem.prompt for problem in batch.problems],
-    }
+    sample: dict[str, Any] = {"step": step, "update": batch.update}
+    if rollout is None or rollout.positions is None:
+        prompts = [problem.prompt for problem in batch.problems]
+        sample |= {"positions": batch.positions.tolist(), "prompts": prompts}
+    else:
+        sample["positions"] = rollout.positions.tolist()
     for name in ("completion_ids", "advantages"):
         if name in tensors:
             sample[name] = tensors[name].tolist()

@@ -10,14 +10,13 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from drift.advantages import group_advantages, groups_with_spread, select_groups
+from drift.advantages import group_advantages
 from drift.contract import ConfigError, LossOutput, MaskedBatch, PromptBatch, Rollout, TokenLogProbs
 from drift.distributed import (
     gather_over_ranks,
     max_over_ranks,
     rank,
     require_agreement,
-    rows_over_ranks,
     sum_over_ranks,
     whole,
     world_size,
@@ -41,6 +40,7 @@ from drift.optimizer import OptimizerConfig, clip_gradients
 from drift.policy_module import DType, PolicyModule
 from drift.randomness import fold
 from drift.samplers import TimestepSampler, WeightedSampler
+from drift.selection import best_groups
 
 # Sets the draws of plans apart from those of the rollout, which are keyed by the same seeds.
 _PLAN = -1
@@ -183,23 +183,16 @@ class RLDFModule(PolicyModule):
         return self._log_update(outputs, noisy, grad_norm, start)
 
     def _with_advantages(self, batch: PromptBatch) -> Rollout:
-        """The rollout with advantages and the groups to train on, chosen at the first of its updates."""
+        """What to learn from, with advantages: the rollout, or the best groups of all rounds and ranks."""
         if batch.update > 0 and self.learned is not None:
             return self.learned
         rollout = require_rollout(batch)
-        assert rollout.rewards is not None
-        assert rollout.num_timesteps is not None
-        rewards = rollout.rewards.sum(dim=1)
-        group_size = len(rewards) // len(batch.problems)
-        rollout.advantages = group_advantages(rewards, group_size)
-        spread = rows_over_ranks(groups_with_spread(rewards, group_size).float())
-        self.log("reward/spread", spread.mean())
+        group_size = len(rollout.completion_ids) // len(batch.problems)
         if self.train_groups is not None:
-            # Of all ranks together: which groups are the best must not depend on who rolled them out.
-            everyone = rows_over_ranks(rewards), rows_over_ranks(rollout.num_timesteps)
-            trained = torch.zeros_like(everyone[0], dtype=torch.bool)
-            trained[select_groups(*everyone, group_size, self.train_groups)] = True
-            rollout.trained = trained.unflatten(0, (world_size(), -1))[rank()]
+            rounds = [_placed(one, group_size) for one in (batch, *batch.refills)]
+            rollout = best_groups(rounds, group_size, self.train_groups)
+        assert rollout.rewards is not None
+        rollout.advantages = group_advantages(rollout.rewards.sum(dim=1), group_size)
         self.learned = rollout
         return rollout
 
@@ -296,3 +289,8 @@ class RLDFModule(PolicyModule):
         self.log("loss/total", figures.pop("loss/total"), prog_bar=True)
         self.log_dict({**figures, "update/grad_norm": norm, "update/seconds": time.perf_counter() - start})
         self.log("update/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def _placed(batch: PromptBatch, group_size: int) -> Rollout:
+    """The batch's rollout, whose rows say where their prompts are from."""
+    return replace(require_rollout(batch), positions=batch.positions.repeat_interleave(group_size))

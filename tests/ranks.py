@@ -60,6 +60,13 @@ class SpreadReward(PerSampleReward):
         return sum(place * ord(letter) for place, letter in enumerate(completion, start=1)) % 97 / 97
 
 
+class RareReward(SpreadReward):
+    """The same for some prompts; all completions of the others are alike."""
+
+    def score(self, completion, problem):
+        return super().score(completion, problem) if sum(map(ord, problem.prompt)) % 2 else 0.5
+
+
 class RaggedTask(SudokuTask):
     """Sudoku whose prompts have different lengths."""
 
@@ -92,6 +99,8 @@ class Recorder(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         found = {name: getattr(pl_module.learned, name) for name in KEPT}
         found = {name: value for name, value in (found | self.plan).items() if value is not None}
+        if "trained" in found:  # what fills up a rank's share lies elsewhere on each number of ranks
+            found = {name: value[found["trained"]] for name, value in found.items()}
         ranks = gather_over_ranks(found)
         step = {name: torch.cat([one[name] for one in ranks]) for name in found}
         figures = trainer.callback_metrics
@@ -112,6 +121,7 @@ def train(
     checkpointing=False,
     num_updates=1,
     train_groups=None,
+    refill_rounds=0,
     micro_batch_size=5,
     num_validation=5,
     block_length=16,
@@ -140,13 +150,17 @@ def train(
         gather_for_rollout=gather,
     )
     task = RaggedTask()
-    task.reward = SpreadReward()
+    task.reward = RareReward() if refill_rounds else SpreadReward()
     data = PromptDataModule(task, prompts_per_step=4, num_validation=num_validation, evaluation_batch_size=1)
     decode = DenoiseConfig(
         block_length=block_length, temperature=1.0, use_cache=importance_cap is not None, threshold=0.7
     )
     rollout = RolloutCallback(
-        group_size=4, completion_length=16, decode=decode, evaluation=DenoiseConfig(block_length=16)
+        group_size=4,
+        completion_length=16,
+        decode=decode,
+        evaluation=DenoiseConfig(block_length=16),
+        refill_rounds=refill_rounds,
     )
     recorder = Recorder()
     recorder.watch(module)

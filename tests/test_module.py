@@ -299,12 +299,14 @@ def test_train_groups_picks_the_groups_whose_rewards_differ(train, spread_task):
     reward = FlatFor(set(prompts_of_first_step(spread_task)[:2]))
     module, recorder = train(reward=reward, train_groups=1, loss=LossConfig(beta=0.1))
     rollout = recorder.batches[0].rollout
-    assert module.learned.trained.tolist() == [False] * 8 + [True] * 4
+    assert torch.equal(module.learned.completion_ids, rollout.completion_ids[8:])
+    assert module.learned.trained.tolist() == [True] * 4
     # One group of 4 rows, two timesteps each; the policy and the reference.
     assert recorder.num_states == [8, 8]
-    assert recorder.rows == [{8, 9, 10, 11}] * 2
     expected = plain_advantages(rollout.rewards[8:].sum(dim=1))
-    torch.testing.assert_close(module.learned.advantages[8:], expected)
+    torch.testing.assert_close(module.learned.advantages, expected)
+    assert module.trainer.callback_metrics["reward/spread"] == pytest.approx(1 / 3)
+    assert module.trainer.callback_metrics["update/spread"] == 1.0
 
 
 def test_train_groups_without_kl_leaves_out_what_has_no_advantage(train, spread_task):
@@ -636,6 +638,18 @@ def test_numbers_that_are_not_finite_stop_before_they_reach_the_weights(
     assert "model.optimizer.lr" in written["message"]
     assert all(len(ids) == 16 for ids in written["completion_ids"])
     assert len(written["completion_ids"]) == len(written["advantages"]) == 12
+
+
+def test_chosen_groups_are_rescued_with_their_own_prompts(train, spread_task, monkeypatch, tmp_path: Path):
+    monkeypatch.setattr(drift.module, "finite_on_all_ranks", lambda value: False)
+    with pytest.raises(SampleError):
+        train(train_groups=2, callbacks=(RescueCallback(),))
+    written = json.loads((tmp_path / "rescue.json").read_text())
+    places, prompts = written["positions"], written["prompts"]
+    assert len(places) == len(prompts) == len(written["completion_ids"]) == 8
+    assert len(set(places)) == len(set(prompts)) == 2
+    of_step = prompts_of_first_step(spread_task)
+    assert prompts == [of_step[place] for place in places]
 
 
 def test_norms_are_not_decayed(train, tiny_folder):

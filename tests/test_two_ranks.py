@@ -19,6 +19,8 @@ SETTINGS = {
     "sample, several updates": {"normalisation": "sample", "num_updates": 2, "micro_batch_size": 64},
     # The best group is on one rank only, and so is the one validation puzzle.
     "one group, one puzzle": {"train_groups": 1, "num_validation": 1},
+    # Rounds of few prompts, so that some ranks have none of them; shares that are not even.
+    "refilled": {"train_groups": 3, "refill_rounds": 2, "num_updates": 2},
     # Adapters on few of the layers, recomputed blocks, and the KL to the policy without adapters.
     "adapters": {"num_updates": 2, "lora": ["q_proj", "ff_out"], "checkpointing": True},
     # The mismatch of cached rollouts is weighed, and the largest of all is on one of the ranks.
@@ -60,6 +62,9 @@ def jobs(folder: Path) -> list[dict[str, object]]:
     add("saved by 2", 2, **settings, strategy="fsdp", max_steps=4, save=file)
     add("resumed by 4", 4, **settings, strategy="fsdp", resume=file)
     add("resumed by 1", 1, **settings, resume=file)
+    refilled, file = SETTINGS["refilled"], str(folder / "refilled.ckpt")
+    add("refilled, saved by 2", 2, **refilled, strategy="ddp", max_steps=2, save=file)
+    add("refilled, resumed by 4", 4, **refilled, strategy="ddp", resume=file)
     add("masters whole", 2, **MASTERS)
     add("masters saved", 2, **MASTERS, max_steps=3, save=halves)
     add("masters resumed", 2, **MASTERS, resume=halves)
@@ -130,6 +135,13 @@ def test_several_processes_do_what_one_does(result, layout: str, name: str):
     assert first["rewards"].unique().numel() > 4
     assert not torch.equal(first["completion_ids"], last["completion_ids"])
     assert ("mismatch/weight" in last["metrics"]) == ("importance_cap" in SETTINGS[name])
+    if "refilled" in name:
+        prompts = [step["metrics"]["rollout/prompts"] for step in one["steps"]]
+        # One step without a further round; rounds of 2 and of 3 prompts, fewer than four ranks; and two of 4.
+        assert sorted(set(prompts)) == [4, 4 + 2 + 3, 4 + 4 + 4]
+        assert all(step["trained"].tolist() == [True] * 3 * 4 for step in one["steps"])
+        spreads = [[step["metrics"][f"{of}/spread"] for of in ("reward", "update")] for step in one["steps"]]
+        assert any(first < then for first, then in spreads)
     if "full" not in SETTINGS[name]:
         assert last["metrics"]["update/grad_norm"] > 0
 
@@ -257,6 +269,11 @@ def test_master_weights_are_sharded_and_resumed_with_the_parameters(result):
 def test_a_checkpoint_goes_on_on_another_number_of_ranks(result, ranks: int):
     expected, resumed = result("one process: sample, several updates"), result(f"resumed by {ranks}")
     assert_same_run(resumed, expected, since=4)
+
+
+@pytest.mark.two_ranks
+def test_further_rounds_go_on_on_another_number_of_ranks(result):
+    assert_same_run(result("refilled, resumed by 4"), result("one process: refilled"), since=2)
 
 
 @pytest.mark.two_ranks

@@ -240,6 +240,7 @@ def _reference_pass(settings: PlanSettings, numbers: Numbers, positions: int, sc
 
 def _rollout(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
     """Cache, head's chunk and what is needed beyond it, of training or evaluation, whichever needs more."""
+    # Further rounds of a step (rollout.refill_rounds) are no larger than the first.
     rows = settings.prompts_per_step // settings.num_gpus * settings.group_size
     length = settings.evaluation_length or settings.completion_length
     return max(
