@@ -132,7 +132,7 @@ def test_several_processes_do_what_one_does(result, layout: str, name: str):
     # There was something to agree on.
     first, last = one["steps"][0], one["steps"][-1]
     assert first["metrics"]["loss/policy"] != 0
-    assert first["rewards"].unique().numel() > 4
+    assert first["rewards"].unique().numel() > 2
     assert not torch.equal(first["completion_ids"], last["completion_ids"])
     assert ("mismatch/weight" in last["metrics"]) == ("importance_cap" in SETTINGS[name])
     if "refilled" in name:
