@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
@@ -30,7 +31,7 @@ from drift.progress import at_boundary, rewind_loops
 from drift.randomness import random_state, set_random_state
 from drift.resume import BEST, LAST, PREVIOUS
 from drift.signals import SignalWatch, Stopped, requeue_job, requeue_signal
-from drift.storage import AtomicCheckpointIO, leftovers, link, remove
+from drift.storage import AtomicCheckpointIO, leftovers, link, remove, storage_error
 
 _STATE = "drift_run"
 _ALONE = ("rollout", "reward")  # stages in which ranks need not wait for each other
@@ -82,6 +83,7 @@ class CheckpointCallback(ModelCheckpoint):
         self._past: PastLogs | None = None
         self._saved_step = -1
         self._validated_step = -1
+        self._max_steps: int | None = None  # of the trainer, where more are needed for a last validation
         self._random: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None
 
@@ -123,7 +125,13 @@ class CheckpointCallback(ModelCheckpoint):
         require_agreement("the step of the checkpoint", checkpoint["global_step"])
         self._loaded = state
         self._validated_step = state["validated_step"]
-        rewind_loops(trainer, checkpoint, validated=state["validated_step"] == checkpoint["global_step"])
+        step = checkpoint["global_step"]
+        left = state["validating"] and state["validated_step"] != step
+        rewind_loops(trainer, checkpoint, validated=not left)
+        if left and step == trainer.max_steps:
+            # Lightning would see no step to take, and not come to the validation that is left.
+            self._max_steps = trainer.max_steps
+            trainer.fit_loop.epoch_loop.max_steps = step + 1
         if self.continued and state["stopped_early"]:
             trainer.should_stop = True  # early stopping had its way; a new start is none of its business
 
@@ -134,6 +142,7 @@ class CheckpointCallback(ModelCheckpoint):
         checkpoint[_STATE] = {
             "random": gather_over_ranks(self._random or random_state(pl_module.device)),
             "validated_step": self._validated_step,
+            "validating": trainer.validating,
             "stopped_early": trainer.should_stop,
         }
 
@@ -162,6 +171,8 @@ class CheckpointCallback(ModelCheckpoint):
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._validated_step = trainer.global_step
             self._keep_random(pl_module)
+            if self._max_steps is not None:
+                trainer.fit_loop.epoch_loop.max_steps = self._max_steps
         super().on_validation_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,6 +201,10 @@ class CheckpointCallback(ModelCheckpoint):
         environment = trainer._accelerator_connector.cluster_environment
         if exception.number == requeue_signal(environment) and trainer.is_global_zero:
             rank_zero_info(f"drift: SLURM job {requeue_job()} is back in the queue")
+        # Where one process ends, launchers kill the others, and rank 0 has most to do.
+        trainer.strategy.barrier("stopped")
+        if isinstance(environment, LightningEnvironment) and not trainer.is_global_zero:
+            exception.code = 0  # Lightning kills rank 0 where one that it has started fails
 
     def _between_steps(self, trainer: Trainer, module: LightningModule) -> None:
         """Between two steps: writes what is due, and stops where that was asked for."""
@@ -228,27 +243,41 @@ class CheckpointCallback(ModelCheckpoint):
             return
         # Named before it is written: the checkpoint itself holds this callback's state.
         self.last_model_path = str(path)
-        if self.previous and trainer.is_global_zero and path.exists():
-            link(path, path.with_name(PREVIOUS))
-        with self._writing(trainer):
+        with _stored_on_all_ranks(path):
+            if self.previous and trainer.is_global_zero and path.exists():
+                link(path, path.with_name(PREVIOUS))
+        with self._writing(trainer, path):
             trainer.save_checkpoint(path)
         self._saved_step = trainer.global_step
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        with self._writing(trainer):
+        with self._writing(trainer, Path(filepath)):
             super()._save_checkpoint(trainer, filepath)
 
     @contextmanager
-    def _writing(self, trainer: Trainer) -> Iterator[None]:
-        """A context of writing a checkpoint: what fails on one rank is raised on all of them."""
-        failure = None
-        if trainer.is_global_zero:
-            flush(trainer.loggers)
-        try:
-            yield
-        except StorageError as error:
-            failure = str(error)
-            trainer.strategy.barrier("Trainer.save_checkpoint")  # the others are waiting there
-        found = next(filter(None, gather_over_ranks(failure)), None)
-        if found is not None:
-            raise StorageError(found)
+    def _writing(self, trainer: Trainer, path: Path) -> Iterator[None]:
+        """A context of writing a checkpoint, which takes all ranks."""
+        with _stored_on_all_ranks(path):
+            if trainer.is_global_zero:
+                flush(trainer.loggers)
+        with _stored_on_all_ranks(path):
+            try:
+                yield
+            except StorageError:
+                trainer.strategy.barrier("Trainer.save_checkpoint")  # the others are waiting there
+                raise
+
+
+@contextmanager
+def _stored_on_all_ranks(path: Path) -> Iterator[None]:
+    """A context that every rank must enter: what cannot be written by one is a StorageError on all."""
+    failure = None
+    try:
+        yield
+    except OSError as error:
+        failure = str(storage_error(path, error))
+    except StorageError as error:
+        failure = str(error)
+    found = next(filter(None, gather_over_ranks(failure)), None)
+    if found is not None:
+        raise StorageError(found)
