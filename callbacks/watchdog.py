@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from drift.contract import ConfigError, SampleError
+from drift.contract import ConfigError, SampleError, StorageError
 from drift.distributed import rank, world_size
 from drift.heartbeat import RankWatch, Stage
 from drift.policy_module import PolicyModule
@@ -71,7 +71,7 @@ class WatchdogCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Says what all ranks were at, where this one fails: mostly because another one is gone."""
-        own = isinstance(exception, SampleError) or not isinstance(exception, RuntimeError)
+        own = isinstance(exception, SampleError | StorageError) or not isinstance(exception, RuntimeError)
         if self.watch is not None and not own:
             sys.stderr.write(f"drift: rank {rank()} fails ({exception}):\n{self.watch.news()}\n")
             sys.stderr.flush()
