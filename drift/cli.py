@@ -40,7 +40,7 @@ from drift.data import PromptDataModule
 from drift.messages import explain
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
-from drift.resume import RESUME_HELP, require_checkpoint, starting_checkpoint
+from drift.resume import RESUME_HELP, meet_anew, require_checkpoint, starting_checkpoint
 from drift.sft import SFTModule
 from drift.storage import require_writable
 
@@ -150,6 +150,7 @@ def run(arguments: Sequence[str]) -> None:
         arguments: the command and what follows it, as on the command line.
     """
     with errors_in_one_line():
+        meet_anew()
         require_not_stopped(_start(DriftCLI, *arguments).trainer)
 
 

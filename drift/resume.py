@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,14 +25,14 @@ LAST, BEST, PREVIOUS, RESCUE = "last.ckpt", "best.ckpt", "previous.ckpt", "rescu
 RESUME_HELP = (
     "auto: go on from the newest whole checkpoint of this run, in its folder and logs, and start anew where "
     "there is none. The run is the newest version in the logger's folder with the same settings, apart from "
-    "max_steps, devices, nodes and what is only shown; or the folder that checkpoint.dirpath or the logger's "
-    "version names. A run that is complete stays as it is"
+    "max_steps, devices, nodes, what saves memory and what is only shown; or the folder that "
+    "checkpoint.dirpath or the logger's version names. A run that is complete stays as it is"
 )
-# What may differ between two starts of one run: how far and on what it runs, and what is only shown.
+# What may differ between two starts of one run: how far and on what it runs, and what changes no number.
 _MAY_DIFFER = re.compile(
     r"resume|ckpt_path|weights_only|progress\..*|summary\..*"
     r"|trainer\.(max_steps|max_time|accelerator|devices|num_nodes|strategy|enable_\w+)(\..*)?"
-    r"|trainer\.logger\..*|checkpoint\.every"
+    r"|trainer\.logger\..*|checkpoint\.every|model\.(gather_for_rollout|activation_checkpointing)"
 )
 
 
@@ -85,6 +86,32 @@ def require_checkpoint(ckpt_path: str | None, resume: str | None, command: str) 
         raise ConfigError(f"resume is {resume!r}: only training goes on; give ckpt_path")
     elif ckpt_path is not None:
         raise ConfigError(f"resume is {resume!r} and ckpt_path {ckpt_path!r}: give one of the two")
+
+
+def meet_anew() -> None:
+    """Has ranks that torchrun has started again find each other, and not those that are gone.
+
+    torchrun keeps one store for all of its restarts, in which the addresses of the first ranks stay (torch
+    2.13). On one machine the ranks can make another by themselves.
+
+    Raises:
+        ConfigError: where torchrun may start them again on several machines, and they would not meet.
+    """
+    environment = os.environ
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    restarts = int(environment["TORCHELASTIC_MAX_RESTARTS"])
+    if restarts and environment["GROUP_WORLD_SIZE"] != "1":
+        raise ConfigError(
+            f"torchrun's --max-restarts is {restarts}: ranks that it starts again would look for those that "
+            "are gone; set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment, with --rdzv-backend "
+            "c10d, or --max-restarts 0"
+        )
+    starts = int(environment["TORCHELASTIC_RESTART_COUNT"])
+    if starts:
+        # A port that is taken costs one more restart, which comes to the next.
+        environment["MASTER_PORT"] = str(int(environment["MASTER_PORT"]) + starts)
+        environment["TORCHELASTIC_USE_AGENT_STORE"] = "False"
 
 
 def starting_checkpoint(trainer: Trainer, settings: Mapping[str, Any]) -> str | None:
