@@ -142,7 +142,8 @@ def score(
         found: Any = _judged(reward, completions, problems, num_tokens)
     except ConfigError:
         raise
-    except Exception as raised:
+    # SystemExit too: code of a completion that a reward runs must not end training as if it were done.
+    except (Exception, SystemExit) as raised:
         culprit, reason = _culprit(reward, completions, problems, num_tokens, raised)
         raise error(
             culprit, f"raised {reason}", "a reward must judge whatever the policy writes: mend it", reason
@@ -197,7 +198,7 @@ def _culprit(
     completions: Sequence[str],
     problems: Sequence[Problem],
     num_tokens: Tensor | None,
-    error: Exception,
+    error: BaseException,
 ) -> tuple[int, str]:
     """The first completion that alone makes the reward raise, else the first of all; and what was raised."""
     for i in range(len(completions)):
@@ -206,6 +207,6 @@ def _culprit(
             _judged(
                 reward, completions[alone], problems[alone], None if num_tokens is None else num_tokens[alone]
             )
-        except Exception as raised:
+        except (Exception, SystemExit) as raised:
             return i, f"{type(raised).__name__}: {raised}"
     return 0, f"{type(error).__name__}: {error} (for the whole batch, not for a single completion)"

@@ -22,6 +22,14 @@ class TouchyReward(PerSampleReward):
         return 1.0
 
 
+class LeavingReward(PerSampleReward):
+    """Runs what it judges, as research code does."""
+
+    def score(self, completion, problem):
+        exec("raise SystemExit(0)" if completion == "three" else "")
+        return 1.0
+
+
 class GivesReward(Reward):
     def __init__(self, values) -> None:
         self.values = values
@@ -47,6 +55,11 @@ def test_rewards_are_float32():
 
 def test_a_list_of_numbers_will_do():
     assert score(GivesReward([0, 1, 0.5]), COMPLETIONS, PROBLEMS).tolist() == [0, 1, 0.5]
+
+
+def test_a_completion_that_leaves_the_interpreter_does_not_end_training_silently():
+    with pytest.raises(SampleError, match=r"^LeavingReward raised SystemExit: 0 for completion 2, to "):
+        score(LeavingReward(), COMPLETIONS, PROBLEMS)
 
 
 def test_a_reward_that_raises_is_named_with_its_culprit():
