@@ -441,6 +441,24 @@ def test_a_sample_that_stops_training_is_named(tiny: list[str], monkeypatch, tmp
     assert (tmp_path / "rescue.json").exists()
 
 
+def test_a_task_takes_a_reward_of_the_users_own(
+    tiny: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: Callable[..., dict]
+):
+    (tmp_path / "own_reward.py").write_text(
+        textwrap.dedent("""
+            from drift.rewards import PerSampleReward
+
+            class Vowels(PerSampleReward):
+                def score(self, completion, problem):
+                    return float(any(letter in "aeiou" for letter in completion))
+        """)
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for task in ("MathTask", "CodeTask"):
+        found = settings("fit", *tiny, f"--data.task={task}", "--data.task.reward=own_reward.Vowels")
+        assert found["data"]["task"]["init_args"]["reward"]["class_path"] == "own_reward.Vowels"
+
+
 def test_extra_rewards_are_set_by_name_and_evaluated_by_parts(tiny: list[str], tmp_path: Path, error):
     form = "{reward: {class_path: FormatReward, init_args: {pattern: '1'}}, weight: 0.5}"
     long = "{reward: {class_path: LengthReward, init_args: {max_length: 16, margin: 8}}}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from drift.contract import ConfigError, Problem
-from drift.rewards import CodeReward
+from drift.rewards import CodeReward, Reward
 from drift.rewards.code_tests import split_tests
 from drift.tasks.base import Task, is_text
 
@@ -44,7 +44,7 @@ class CodeTask(Task):
         function_instruction: str = _FUNCTION_INSTRUCTION,
         stdio_instruction: str = _STDIO_INSTRUCTION,
         use_prefix: bool = True,
-        reward: CodeReward | None = None,
+        reward: CodeReward | Reward | None = None,
     ) -> None:
         self.instructions = {"function": function_instruction, "stdio": stdio_instruction}
         self.use_prefix = use_prefix
@@ -95,11 +95,16 @@ class CodeTask(Task):
     def _require_outputs(self, row: Mapping[str, Any]) -> None:
         for name in ("test_input", "test_output"):
             texts = row.get(name)
-            good = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+            good = isinstance(texts, list | tuple) and all(map(_is_writable, texts))
             self.require(good and bool(texts), row, name, "a list of texts, at least one")
         num = len(row["test_input"])
         same = len(row["test_output"]) == num
         self.require(same, row, "test_output", f"as long as test_input, which has {num} texts")
+
+
+def _is_writable(value: object) -> bool:
+    """Whether a value is a text that a program could read or print: half a surrogate pair is none."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
 
 
 def require_tests(sources: Sequence[str], prefix: str, name: str) -> None:

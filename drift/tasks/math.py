@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from drift.contract import ConfigError, Problem
-from drift.rewards import MathReward, extract_boxed
+from drift.rewards import MathReward, Reward, extract_boxed
 from drift.tasks.base import Task, is_text
 
 _INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -34,7 +34,7 @@ class MathTask(Task):
         question_field: str = "question",
         answer_field: str = "ground_truth_answer",
         instruction: str = _INSTRUCTION,
-        reward: MathReward | None = None,
+        reward: MathReward | Reward | None = None,
     ) -> None:
         if question_field == answer_field:
             raise ConfigError(f"question_field and answer_field are both {question_field!r}: change one")
@@ -93,7 +93,7 @@ class Gsm8kTask(MathTask):
         question_field: str = "question",
         answer_field: str = "answer",
         instruction: str = _INSTRUCTION,
-        reward: MathReward | None = None,
+        reward: MathReward | Reward | None = None,
     ) -> None:
         super().__init__(question_field, answer_field, instruction, reward)
 
@@ -128,7 +128,7 @@ class BoxedMathTask(MathTask):
         question_field: str = "problem",
         answer_field: str = "solution",
         instruction: str = _INSTRUCTION,
-        reward: MathReward | None = None,
+        reward: MathReward | Reward | None = None,
     ) -> None:
         super().__init__(question_field, answer_field, instruction, reward)
 

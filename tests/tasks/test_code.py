@@ -95,6 +95,7 @@ def test_bad_functions_are_refused(task: CodeTask, change: dict[str, Any], messa
     [
         ({"test_input": None}, "field 'test_input' is None"),
         ({"test_input": [1]}, r"field 'test_input' is \[1\]"),
+        ({"test_input": ["\ud800"]}, "field 'test_input' is .*ud800"),  # no program could read that
         ({"test_output": []}, r"field 'test_output' is \[\]"),
         ({"test_output": ["1", "2"]}, "field 'test_output' is .* as long as test_input, which has 1"),
     ],
