@@ -57,6 +57,7 @@ _UNITS = {
     "cent": "cent",
     "dollar": "dollar",
     "degree": "degree",
+    **dict.fromkeys(("radian", "rad"), "radian"),
 }
 _POWERS = {"square": "2", "sq": "2", "cubic": "3", "cu": "3"}
 Question = tuple[str, str]
