@@ -27,6 +27,7 @@ from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
 from drift.measured_module import require_rollout
+from drift.micro_batches import micro_batches
 from drift.models import (
     DiffusionLM,
     LoRAConfig,
@@ -59,7 +60,9 @@ class RLDFModule(PolicyModule):
         optimizer: settings of AdamW.
         num_updates: optimizer steps from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.
         train_groups: groups of completions to train on, of all rolled out, over all ranks; None: all.
-        micro_batch_size: noisy states in one forward and backward pass; the result does not depend on it.
+        micro_batch_size: noisy states of a micro-batch, at most; the result does not depend on it.
+        micro_batch_tokens: positions of a micro-batch, prompt and completion, at most (a single noisy state
+            may have more): it bounds the memory, whatever the prompts; None: any number.
         dtype: dtype of the policy's weights; with bfloat16 an update below 1/256 of a weight is lost, so keep
             float32 (with trainer.precision bf16-mixed), or set optimizer.master_weights, or lora.
         lora: adapters to train in place of the weights, which stay as they are; None: train the weights.
@@ -81,6 +84,7 @@ class RLDFModule(PolicyModule):
         num_updates: int = 1,
         train_groups: int | None = None,
         micro_batch_size: int = 64,
+        micro_batch_tokens: int | None = None,
         dtype: DType = "float32",
         lora: LoRAConfig | None = None,
         activation_checkpointing: bool = False,
@@ -91,6 +95,7 @@ class RLDFModule(PolicyModule):
             ("num_updates", num_updates),
             ("train_groups", 1 if train_groups is None else train_groups),
             ("micro_batch_size", micro_batch_size),
+            ("micro_batch_tokens", 1 if micro_batch_tokens is None else micro_batch_tokens),
         ):
             if value < 1:
                 raise ConfigError(f"model.{key} is {value}: set it to 1 or more")
@@ -102,6 +107,7 @@ class RLDFModule(PolicyModule):
         self.num_updates = num_updates
         self.train_groups = train_groups
         self.micro_batch_size = micro_batch_size
+        self.micro_batch_tokens = micro_batch_tokens
         self.automatic_optimization = False
         self.learned: Rollout | None = None  # the rollout at hand
         # [N,C] what the last update gave to the tokens it scored; 0 elsewhere.
@@ -154,13 +160,13 @@ class RLDFModule(PolicyModule):
         plan = self.sampler.plan(self._keyed(rollout, batch.update))
         noisy = masked_batch(rollout, plan, self.policy.mask_token_id, rows=self._moving(rollout))
         noisy.num_slots = max_over_ranks(noisy.num_slots, self.device)
-        parts = self._parts(noisy)
+        parts = micro_batches(noisy, self.micro_batch_size, self.micro_batch_tokens)
         # Passes communicate: ranks that disagree would wait for each other for ever, or add up what differs.
         shape = {"step": self.global_step, "update": batch.update, "rollout": rollout.step_map.shape}
         plan_shape = {"timesteps of the plan": noisy.num_slots, "micro-batches": len(parts)}
         require_agreement("the shape of an update", shape | plan_shape)
         old = self._old_logprobs(noisy, batch.update)
-        totals = self._totals(noisy, old)
+        totals = self._totals(noisy, old, len(parts))
         outputs = []
         self.trained_probs = torch.zeros_like(rollout.completion_ids, dtype=torch.float32)
         for number, part in enumerate(parts, start=1):
@@ -210,7 +216,9 @@ class RLDFModule(PolicyModule):
 
     def _score(self, model: DiffusionLM, states: MaskedBatch) -> TokenLogProbs:
         with self.trainer.precision_plugin.forward_context():
-            return token_logprobs(model, states, entropy=self.loss.entropy_coeff != 0)
+            # Passes through a sharded policy communicate: every rank makes one.
+            together, entropy = self.device_mesh is not None, self.loss.entropy_coeff != 0
+            return token_logprobs(model, states, entropy=entropy, one_pass=together)
 
     @torch.no_grad()
     def _reference_logprobs(self, states: MaskedBatch) -> TokenLogProbs | None:
@@ -219,18 +227,11 @@ class RLDFModule(PolicyModule):
         with reference_of(self.policy, self.reference) as reference:
             return self._score(reference, states)
 
-    def _parts(self, noisy: MaskedBatch) -> list[Tensor]:
-        """The micro-batches, as indices of noisy states."""
-        # As many on every rank, some of them empty if need be: each backward pass communicates.
-        num_parts = max_over_ranks(-(-len(noisy) // self.micro_batch_size), self.device)
-        states = torch.arange(len(noisy), device=noisy.row.device)
-        return list(states.tensor_split(num_parts)) if num_parts else []
-
     def _score_all(self, noisy: MaskedBatch) -> TokenLogProbs:
-        parts = [self._score(self.policy, noisy.select(part)).logp for part in self._parts(noisy)]
-        return TokenLogProbs(
-            logp=torch.cat([noisy.targets.new_zeros(0, noisy.targets.shape[1]).float(), *parts])
-        )
+        logp = torch.zeros(noisy.targets.shape, dtype=torch.float32, device=self.device)
+        for part in micro_batches(noisy, self.micro_batch_size, self.micro_batch_tokens):
+            logp[part] = self._score(self.policy, noisy.select(part)).logp
+        return TokenLogProbs(logp=logp)
 
     @torch.no_grad()
     def _old_logprobs(self, noisy: MaskedBatch, update: int) -> TokenLogProbs | None:
@@ -243,12 +244,12 @@ class RLDFModule(PolicyModule):
             return self._score_all(noisy)
 
     @torch.no_grad()
-    def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None) -> dict[str, Tensor]:
+    def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None, num_parts: int) -> dict[str, Tensor]:
         """Kept tokens per slot and rows with noisy states, over all micro-batches and ranks."""
         num_rows = sum_over_ranks(torch.tensor(noisy.row.unique().numel(), device=self.device))
         if self.loss.tau == 0 or self.loss.normalisation == "sample":
             return {"num_kept": sum_over_ranks(kept_per_slot(noisy.scored, noisy)), "num_rows": num_rows}
-        if old is None and len(noisy) <= self.micro_batch_size and world_size() == 1:
+        if old is None and num_parts <= 1 and world_size() == 1:
             return {"num_rows": num_rows}  # the one micro-batch is the whole batch: the loss counts itself
         # Which tokens are kept only probabilities tell, and how many must be known before any backward pass.
         kept = kept_tokens(old or self._score_all(noisy), noisy, self.loss.tau)

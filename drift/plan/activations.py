@@ -113,33 +113,30 @@ def forward_work(sizes: PolicySizes, numbers: Numbers) -> int:
     return table + projections + max(attention, feed_forward)
 
 
-def training_head(sizes: PolicySizes, numbers: Numbers, weight_bytes: int, states: int, chunk: int) -> int:
+def training_head(sizes: PolicySizes, numbers: Numbers, states: int, chunk: int) -> int:
     """Bytes that the head needs at its peak, in the backward pass of one chunk.
 
     Args:
         sizes: of the policy.
         numbers: bytes of a number.
-        weight_bytes: bytes of one of the head's weights.
         states: scored positions in all.
         chunk: scored positions that are expanded to the vocabulary at once.
     """
-    positions = min(states, chunk)
-    logits = positions * sizes.vocab_rows
+    logits = min(states, chunk) * sizes.vocab_rows
     copy = 2 * sizes.num_head if numbers.cast else 0
-    # float32 logits, legal logits, and three temporaries of their backward pass.
-    at_logits = 5 * FULL * logits
+    # Logits, which become their own gradient; in low precision as they come, in float32, and as they go.
+    at_logits = (FULL if numbers.compute == FULL else FULL + 2 * numbers.compute) * logits
     if numbers.adapter is not None:
         return copy + at_logits
-    gradient = numbers.compute + (FULL if numbers.cast else 0)
-    # Of several chunks the gradients are summed up beside the weight's own.
-    summed = weight_bytes * sizes.num_head if states > chunk else 0
-    return copy + summed + max(at_logits, numbers.compute * logits + gradient * sizes.num_head)
+    gradient = numbers.compute * sizes.num_head
+    return copy + gradient + max(at_logits, FULL * sizes.num_head if numbers.cast else 0)
 
 
 def scoring_head(sizes: PolicySizes, numbers: Numbers, states: int, chunk: int) -> int:
-    """Bytes that the head needs to score without a graph: logits, legal logits, one temporary."""
+    """Bytes that the head needs to score without a graph: logits, in low precision once more in float32."""
     copy = 2 * sizes.num_head if numbers.cast else 0
-    return copy + 3 * FULL * min(states, chunk) * sizes.vocab_rows
+    size = FULL if numbers.compute == FULL else FULL + numbers.compute
+    return copy + size * min(states, chunk) * sizes.vocab_rows
 
 
 def sampling_head(sizes: PolicySizes, config: DenoiseConfig, rows: int, chunk: int) -> int:

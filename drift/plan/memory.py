@@ -206,7 +206,7 @@ def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
     around = positions * saved_around_blocks(policy, numbers)
     # The scored states and their gradients.
     around += 2 * scored * numbers.residual * policy.width
-    head = training_head(policy, numbers, settings.weight_bytes, scored, CHUNK_SIZE)
+    head = training_head(policy, numbers, scored, CHUNK_SIZE)
     gradient = numbers.compute + (FULL if numbers.cast else 0)
     weight = gradient * policy.width * policy.mlp_width if numbers.adapter is None else 0
     backward = positions * block_backward(policy, numbers) + weight
