@@ -231,11 +231,12 @@ class Plain:
         """One update; its gradients where they are to be kept."""
         states = torch.arange(len(self.noisy)).split(self.case.states)
         totals = {}
-        if len(states) > 1:
-            counted = torch.zeros(self.noisy.num_slots).index_add(
-                0, self.noisy.slot, self.noisy.scored.sum(dim=1).float()
-            )
-            totals = {"num_kept": counted, "num_rows": self.case.rows}
+        if self.case.tau == 0:
+            # Rows without a gradient are computed here, but do not count: the loss is drift's.
+            counts = self.noisy.scored.sum(dim=1).float()
+            counts = counts if self.case.beta else counts * (self.noisy.advantages != 0)
+            kept = torch.zeros(self.noisy.num_slots).index_add(0, self.noisy.slot, counts)
+            totals = {"num_kept": kept, "num_rows": self.case.rows}
         for part in states:
             noisy = self.noisy.select(part)
             reference = None
