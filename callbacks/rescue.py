@@ -60,6 +60,9 @@ class RescueCallback(Callback):
             sample["prompts"] = [data.tokenizer.decode(ids[mask]) for ids, mask in rows]
         path.write_text(json.dumps(sample, indent=2), encoding="utf-8")
         if error.tensors:
-            tensors = {name: value.detach().cpu().contiguous() for name, value in error.tensors.items()}
+            # Each by itself: some may be two names of one tensor, which the format refuses.
+            tensors = {
+                name: value.detach().cpu().contiguous().clone() for name, value in error.tensors.items()
+            }
             save_file(tensors, path.with_suffix(".safetensors"))
         rank_zero_info(f"the batch that stopped training: {path}")
