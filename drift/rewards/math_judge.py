@@ -4,6 +4,9 @@ It runs alone, as `python -P math_judge.py`: -P because this folder's math.py wo
 library's. It imports neither drift nor torch, so it starts quickly and stays small. First it writes
 {"ready": true}, or {"error": ...} where it cannot work; then it answers each line of the form
 {"gold": ..., "answer": ..., "timeout_seconds": ...} by {"equal": ...}. It ends when its input does.
+
+A child answers; where one hangs or crashes, the parent says "not equal" and forks the next one, which has all
+libraries loaded: that takes milliseconds, and a new start seconds.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 _MAX_BYTES = 2 * 1024**3  # answers such as 10^(10^10) would otherwise take all memory there is
-_GRACE_SECONDS = 2.0
 # Delimiters inside an answer would let it hold several formulas, of which only one had to be right.
 _DELIMITERS = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
 _FULL_STOP = re.compile(r"(?<!\\right)\.$")  # "\boxed{18.}" ends a sentence; "\right." is LaTeX
@@ -48,20 +52,28 @@ def _limit_memory() -> None:
 
 
 def _set_alarm(seconds: float) -> None:
-    """Ends the process after so many seconds, 0 for never: nobody else does so once the parent is gone."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+    """Ends this process after so many seconds, in C code too; 0 for never."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
-def _judge(line: str) -> bool:
+def _judge(line: bytes) -> bool:
     question = json.loads(line)
-    _set_alarm(question["timeout_seconds"] + _GRACE_SECONDS)
+    _set_alarm(question["timeout_seconds"])
     try:
         return is_equal(question["gold"], question["answer"])
     except Exception:  # whatever an answer provokes in the parser, it is not equal
         return False
     finally:
         _set_alarm(0)
+
+
+def _serve(reply: Callable[..., None]) -> NoReturn:
+    try:
+        # Without a buffer: the next child goes on with the line behind.
+        for line in os.fdopen(0, "rb", buffering=0):
+            reply(equal=_judge(line))
+    finally:
+        os._exit(0)
 
 
 def main() -> None:
@@ -81,8 +93,9 @@ def main() -> None:
         reply(error=str(error))
         return
     reply(ready=True)
-    for line in sys.stdin:
-        reply(equal=_judge(line))
+    # A child that ends by itself, at the end of its input, ends with status 0.
+    while os.waitpid(os.fork() or _serve(reply), 0)[1]:
+        reply(equal=False)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -24,11 +25,12 @@ R = TypeVar("R")
 JUDGE_COMMAND = (sys.executable, "-P", str(Path(__file__).with_name("math_judge.py")))
 _ADVICE = f"Install math-verify for {sys.executable} (pip install math-verify)"
 _STARTUP_SECONDS = 120.0  # importing sympy from a cold network disk
+_GRACE_SECONDS = 0.5  # a judge ends what takes too long in time, unless it hangs itself
 _MAX_QUESTIONS = 5000  # the symbolic libraries keep caches: a fresh process now and then keeps memory flat
 
 
 class JudgeProcess:
-    """One judge, started at its first question and replaced after a question that it did not survive.
+    """One judge, started at its first question and replaced if it does not say what became of one.
 
     Args:
         timeout_seconds: limit of one answer, > 0; starting the process does not count.
@@ -84,7 +86,7 @@ class JudgeProcess:
         except OSError:
             reply = None
         else:
-            reply = _read_message(process, seconds)
+            reply = _read_message(process, seconds + _GRACE_SECONDS)
         if reply is None:
             self.kill()
         return reply
@@ -94,8 +96,9 @@ class JudgeProcess:
         process, self._process = self._process, None
         if process is None:
             return
-        process.kill()
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # and what it has forked
+            process.wait()
         for pipe in _pipes(process):
             try:
                 pipe.close()
@@ -114,7 +117,11 @@ class JudgeProcess:
     def _start(self) -> subprocess.Popen[bytes]:
         self.kill()
         self._process = process = subprocess.Popen(
-            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         self._num_questions = 0
         greeting = _read_message(process, _STARTUP_SECONDS) or {"error": "it said nothing"}

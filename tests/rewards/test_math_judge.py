@@ -68,12 +68,25 @@ def test_without_math_verify_it_says_so():
     assert "math_verify" in greeting["error"]
 
 
-def test_a_hanging_answer_ends_an_orphan_too():
-    # Nobody kills this judge: its own alarm must, 2 s after the limit.
+def test_what_hangs_or_crashes_is_not_equal_and_costs_no_new_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_in = """
+        import os, time
+        time.sleep(1)
+        LatexExtractionConfig = object
+        parse = lambda text, *_, **settings: text
+        actions = {"$hang$": lambda: sum(range(10**12)), "$crash$": os.abort}
+        verify = lambda gold, answer, **settings: answer == "$1$" or actions[answer]()
+    """
+    (tmp_path / "math_verify.py").write_text(dedent(stand_in))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     started = time.monotonic()
-    question = {"gold": "5", "answer": "9^{9^{9^9}}", "timeout_seconds": 0.5}
-    assert talk(question, {"gold": "5", "answer": "4+1"}) == [{"ready": True}]
-    assert time.monotonic() - started < 30
+    answers = ["crash"] * 20 + ["1", "hang", "1"]
+    replies = talk(*({"gold": "", "answer": answer, "timeout_seconds": 0.5} for answer in answers))
+    expected = [False] * 20 + [True, False, True]
+    assert replies == [{"ready": True}] + [{"equal": equal} for equal in expected]
+    assert time.monotonic() - started < 10  # 21 new starts would take 21 s
 
 
 def test_it_loads_neither_torch_nor_drift():
