@@ -171,6 +171,31 @@ ATTACKS = {
         Fraction.__module__ = 'fractions'
         def add(a, b): return Fraction()
     """,
+    "pretends to be keys of a dictionary": """
+        class Keys:
+            def __iter__(self): return iter([self])
+            def __hash__(self): return 0
+            def __eq__(self, other): return True
+        Keys.__module__, Keys.__qualname__ = "builtins", "dict_keys"
+        def add(a, b): return Keys()
+    """,
+    "pretends to be a time zone": """
+        class Zone:
+            def utcoffset(self, when): return 3
+        Zone.__module__, Zone.__qualname__ = "datetime", "timezone"
+        def add(a, b): return Zone()
+    """,
+    "an exception without a name": """
+        class Nameless(type):
+            __name__ = __module__ = property(lambda self: 1 / 0)
+        class Odd(Exception, metaclass=Nameless): pass
+        def add(a, b): raise Odd
+    """,
+    "another way to write text": """
+        import codecs
+        codecs.register_error("surrogatepass", lambda error: ("T", error.end))
+        def add(a, b): return "\\ud800"
+    """,
     "not a number": "def add(a, b): return float('nan')",
     "an object to be unpickled": """
         import os
@@ -338,6 +363,26 @@ ATTACKS = {
         E.__name__ = 'pass 0\\npass 1\\npass 2\\n'
         def add(a, b): raise E('hello\\npass 0\\npass 1')
     """,
+    "shutting the channel": """
+        import socket
+        for fd in range(3, 64):
+            try:
+                socket.socket(fileno=fd).shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+        def add(a, b): return a + b
+    """,
+    "a descriptor through the channel": """
+        import array, os, socket
+        for fd in range(3, 64):
+            try:
+                socket.socket(fileno=os.dup(fd)).sendmsg(
+                    [b"\\0\\0\\0\\1T"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+                )
+            except OSError:
+                pass
+        def add(a, b): return a + b
+    """,
     "closing the channel": "import os\nos.closerange(0, 64)\ndef add(a, b): return a + b",
     # What outlives the test.
     "a thread that outlives": """
@@ -481,6 +526,31 @@ ATTACKS = {
     "a hang in C when loaded": "x = sum(range(10 ** 15))\ndef add(a, b): return a + b",
     "a hang in a regular expression": "import re\ndef add(a, b): return re.match('(a|a)*b', 'a' * 99)",
     "a hang of the compiler": "def add(a, b): return " + "-" * 100_000 + "1",
+    "a destructor that never ends": """
+        import time
+        class Slow:
+            def __del__(self):
+                while True:
+                    try:
+                        time.sleep(60)
+                    except BaseException:
+                        pass
+        def add(a, b):
+            Slow()
+            return a + b
+    """,
+    "locks without end": """
+        import fcntl, itertools
+        file = open("/tmp/left", "w")
+        for start in itertools.count(0, 2): fcntl.lockf(file, fcntl.LOCK_EX, 1, start)
+    """,
+    "a system call of another machine": """
+        import ctypes, mmap
+        code = mmap.mmap(-1, 4096, prot=7)
+        code.write(b"\\xb8\\x02\\x00\\x00\\x00\\xcd\\x80\\xc3")  # x86-64: fork, as 32-bit programs call it
+        ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
+        def add(a, b): return a + b
+    """,
     "stopping the alarm": """
         import signal
         def add(a, b):
