@@ -82,12 +82,13 @@ def befall(what: str, stage: str, number: int) -> None:
             come()
         report(module, name, done, total)
 
-    def saved(checkpoint: object, file: Any) -> None:
-        file.write(b"half of it")
-        file.flush()
-        come()
-        file.seek(0)
-        save(checkpoint, file)
+    def saved(content: object, file: Any, **settings: Any) -> None:
+        if not settings:  # a checkpoint
+            file.write(b"half of it")
+            file.flush()
+            come()
+            file.seek(0)
+        save(content, file, **settings)
 
     PolicyModule.report = reported
     if stage == "write":
@@ -141,6 +142,7 @@ def fork(folder: Path, life: dict[str, Any], rank: int, port: int) -> int:
     """Starts one rank; gives back its process id."""
     pid = os.fork()
     if pid == 0:
+        os.setpgid(0, 0)
         told = environment(life["launcher"], rank, life["ranks"], port)
         os.environ.update({name: str(value) for name, value in told.items()})
         os._exit(train(folder, life, rank, life["ranks"]))
@@ -151,6 +153,7 @@ def fork_torchrun(folder: Path, life: dict[str, Any]) -> int:
     """Starts what `torchrun --standalone --max-restarts 2` does; gives back its process id."""
     pid = os.fork()
     if pid == 0:
+        os.setpgid(0, 0)
         num = life["ranks"]
         config = LaunchConfig(
             min_nodes=1,
@@ -174,8 +177,13 @@ def fork_torchrun(folder: Path, life: dict[str, Any]) -> int:
 
 
 def in_torchrun(folder: Path, life: dict[str, Any], num: int) -> None:
-    """One rank of torchrun, which looks at exit statuses of its own processes."""
-    os._exit(train(folder, life, int(os.environ["RANK"]), num))
+    """One rank of torchrun, which waits for what it gives back."""
+    rank = int(os.environ["RANK"])
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+        time.sleep(2.0 * rank)  # whoever is first looks for the others where they were before
+    status = train(folder, life, rank, num)
+    if status:
+        os._exit(status)
 
 
 def live(folder: Path, life: dict[str, Any]) -> dict[str, Any]:
@@ -196,7 +204,7 @@ def live(folder: Path, life: dict[str, Any]) -> dict[str, Any]:
                 statuses[running.pop(pid)] = os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     for pid in running:
-        os.kill(pid, signal.SIGKILL)
+        os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     files = sorted(folder.glob("runs/killed/*/checkpoints/*"))
     return {
