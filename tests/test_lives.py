@@ -13,6 +13,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+# Many processes: minutes on two cores, too long beside the other tests.
+pytestmark = [pytest.mark.two_ranks, pytest.mark.slow]
+
 ROOT = Path(__file__).resolve().parent.parent
 DDP = ["--trainer.strategy=ddp"]
 FSDP = ["--config=strategy/fsdp"]
