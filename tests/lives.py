@@ -90,7 +90,7 @@ def befall(what: str, stage: str, number: int) -> None:
             file.seek(0)
         save(content, file, **settings)
 
-    PolicyModule.report = reported
+    PolicyModule.report = reported  # pyright: ignore[reportAttributeAccessIssue]
     if stage == "write":
         torch.save = saved
 

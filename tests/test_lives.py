@@ -13,9 +13,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-# Many processes: minutes on two cores, too long beside the other tests.
-pytestmark = [pytest.mark.two_ranks, pytest.mark.slow]
-
 ROOT = Path(__file__).resolve().parent.parent
 DDP = ["--trainer.strategy=ddp"]
 FSDP = ["--config=strategy/fsdp"]
@@ -59,7 +56,7 @@ LIVES = {
     ],
     "fsdp killed": [life(JOINED, (1, KILL, "validation", 4)), life(FSDP, (0, "full", "checkpoint", 3))],
     "moved": [
-        life(DDP, (0, TERM, "rollout", 4)),
+        life(DDP, (0, TERM, "reward", 3)),  # of the second rollout
         life(FSDP, (3, TERM, "last validation", 1), ranks=4),
         life([], ranks=1, launcher="none"),
     ],

@@ -8,7 +8,15 @@ import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from drift.contract import ConfigError
-from drift.resume import Run, differences, named_checkpoint, require_checkpoint, starting_checkpoint, step_of
+from drift.resume import (
+    Run,
+    differences,
+    meet_anew,
+    named_checkpoint,
+    require_checkpoint,
+    starting_checkpoint,
+    step_of,
+)
 
 SETTINGS = {
     "resume": "auto",
@@ -145,3 +153,42 @@ def test_what_cannot_be_asked_for():
         require_checkpoint("a.ckpt", "auto", "fit")
     with pytest.raises(ConfigError, match=r"ckpt_path is 'a\.ckpt': there is no such file"):
         require_checkpoint("a.ckpt", None, "fit")
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """What torchrun tells a rank."""
+
+    def tell(shared: bool, machines: int, restarts: int, starts: int) -> None:
+        told = {
+            "MASTER_PORT": 4000,
+            "GROUP_WORLD_SIZE": machines,
+            "TORCHELASTIC_USE_AGENT_STORE": shared,
+            "TORCHELASTIC_MAX_RESTARTS": restarts,
+            "TORCHELASTIC_RESTART_COUNT": starts,
+        }
+        for name, value in told.items():
+            monkeypatch.setenv(name, str(value))
+
+    return tell
+
+
+@pytest.mark.parametrize(
+    ("shared", "machines", "starts", "port"),
+    [(True, 1, 0, 4000), (True, 1, 2, 4002), (False, 1, 2, 4000), (False, 2, 2, 4000)],
+)
+def test_ranks_that_start_again_meet_elsewhere(torchrun, shared: bool, machines: int, starts: int, port: int):
+    torchrun(shared, machines, 3, starts)
+    meet_anew()
+    assert os.environ["MASTER_PORT"] == str(port)
+    assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == str(shared and starts == 0)
+
+
+def test_restarts_on_several_machines_need_a_store_of_their_own(torchrun, monkeypatch):
+    torchrun(True, 2, 3, 0)
+    with pytest.raises(ConfigError, match=r"--max-restarts is 3: .*set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        meet_anew()
+    torchrun(True, 2, 0, 0)
+    meet_anew()
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    meet_anew()

@@ -1,3 +1,5 @@
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from lightning import Callback
 
 from drift.callbacks import CheckpointCallback, RolloutCallback
-from drift.contract import ConfigError
+from drift.contract import ConfigError, StorageError
 from drift.data import PromptDataModule
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig
@@ -104,3 +106,17 @@ def test_a_resumed_run_remembers_its_best(train, tmp_path: Path):
 def test_settings_out_of_range():
     with pytest.raises(ConfigError, match=r"checkpoint\.every is 0: set it to 1 or more steps"):
         CheckpointCallback(every=0)
+
+
+@pytest.mark.parametrize("what", ["link", "flush"])
+def test_what_is_written_beside_a_checkpoint_may_fail_too(train, tmp_path: Path, monkeypatch, what: str):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder = tmp_path / "kept"
+    train(2, Accuracies(0.9), CheckpointCallback(monitor="val/score", dirpath=str(folder)))
+    monkeypatch.setattr(f"drift.callbacks.checkpoint.{what}", full)
+    checkpoint = CheckpointCallback(every=1, monitor="val/score", dirpath=str(folder))
+    with pytest.raises(StorageError, match=r"last\.ckpt: the checkpoint cannot be written \(No space left"):
+        train(4, Accuracies(0.5), checkpoint, ckpt_path=str(folder / "last.ckpt"))
+    assert load(folder / "last.ckpt")["global_step"] == 2
