@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import Stopwatch, environment, in_turns, make_policy, peak_memory, ratio, table, write
+from common import Stopwatch, chosen, in_turns, make_policy, peak_memory, ratio, report
 from torch import Tensor
 
 from drift.contract import Rollout
@@ -253,9 +253,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("targets", "grid", "growth"), help="one table; writes no files")
     parser.add_argument("--compile", action="store_true", help="measure compiled blocks, too")
     options = parser.parse_args()
-    groups = {"targets": TARGETS, "grid": GRID, "growth": GROWTH}
-    if options.only is not None:
-        groups = {options.only: groups[options.only]}
+    groups = chosen({"targets": TARGETS, "grid": GRID, "growth": GROWTH}, options.only)
     repeats = 1 if options.quick else options.repeats
     if options.quick:
         groups = {
@@ -267,26 +265,7 @@ def main() -> None:
     }
     if options.only is not None:
         return
-    result = {"benchmark": "rollout", "quick": options.quick, **found, "environment": environment()}
-    markdown = f"# Rollouts\n\n`python benchmarks/bench_rollout.py`, {result['environment']}\n"
-    markdown += "".join(f"\n## {name.capitalize()}\n\n{table(rows)}\n" for name, rows in found.items())
-    write("bench_rollout", result, markdown, partial(draw, found), quick=options.quick)
-
-
-def draw(found: dict[str, list[dict[str, Any]]], figure: Any) -> None:
-    """Ratios of the target cases, and tokens per second as sizes grow."""
-    left, right = figure.subplots(1, 2)
-    names = [row["case"] for row in found["targets"]]
-    left.barh(names, [row["plain / drift"] for row in found["targets"]])
-    left.set_xlabel("times as fast as the baseline")
-    left.invert_yaxis()
-    rows = found["grid"] + found["growth"]
-    right.plot([row["tokens/s"] for row in rows], "o-", label="drift")
-    right.plot([row["plain tokens/s"] for row in rows], "o-", label="baseline")
-    right.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=90, fontsize=7)
-    right.set_ylabel("tokens/s")
-    right.set_yscale("log")
-    right.legend()
+    report("rollout", found, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import environment, make_policy, table, write
+from common import chosen, make_policy, report
 from lightning import Callback, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -398,9 +398,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("targets", "grid", "growth"), help="one table; writes no files")
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    groups = {"targets": TARGETS, "grid": GRID, "growth": GROWTH}
-    if options.only is not None:
-        groups = {options.only: groups[options.only]}
+    groups = chosen({"targets": TARGETS, "grid": GRID, "growth": GROWTH}, options.only)
     if options.quick:
         groups = {
             name: [replace(c, vocab=min(c.vocab, 1024), width=64, completion=16) for c in cases[:4]]
@@ -413,25 +411,7 @@ def main() -> None:
     }
     if options.only is not None:
         return
-    result = {"benchmark": "update", "quick": options.quick, **found, "environment": environment()}
-    markdown = f"# Updates\n\n`python benchmarks/bench_update.py`, {result['environment']}\n"
-    markdown += "".join(f"\n## {name.capitalize()}\n\n{table(rows)}\n" for name, rows in found.items())
-    write("bench_update", result, markdown, partial(draw, found), quick=options.quick)
-
-
-def draw(found: dict[str, list[dict[str, Any]]], figure: Any) -> None:
-    """Ratios of the target cases, and tokens per second as sizes grow."""
-    left, right = figure.subplots(1, 2)
-    left.barh([row["case"] for row in found["targets"]], [row["plain / drift"] for row in found["targets"]])
-    left.set_xlabel("times as fast as the baseline")
-    left.invert_yaxis()
-    rows = found["grid"] + found["growth"]
-    right.plot([row["tokens/s"] for row in rows], "o-", label="drift")
-    right.plot([row["plain tokens/s"] for row in rows], "o-", label="baseline")
-    right.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=90, fontsize=7)
-    right.set_ylabel("tokens/s")
-    right.set_yscale("log")
-    right.legend()
+    report("update", found, quick=options.quick)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,6 +109,42 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = list(rows[0])
     lines = [head, ["---"] * len(head), *([str(row[key]) for key in head] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def chosen(groups: Mapping[str, T], only: str | None) -> dict[str, T]:
+    """All groups of cases, or the one that is asked for."""
+    return {name: cases for name, cases in groups.items() if only in (None, name)}
+
+
+def report(subject: str, found: Mapping[str, Sequence[Mapping[str, Any]]], *, quick: bool) -> None:
+    """Writes and prints the rows of the groups `targets`, `grid` and `growth`.
+
+    Args:
+        subject: what was measured, "rollout" or "update".
+        found: rows by group; each has its `case`, `tokens/s`, `plain tokens/s` and `plain / drift`.
+        quick: see `write`.
+    """
+    result = {"benchmark": subject, "quick": quick, **found, "environment": environment()}
+    markdown = (
+        f"# {subject.capitalize()}s\n\n`python benchmarks/bench_{subject}.py`, {result['environment']}\n"
+    )
+    markdown += "".join(f"\n## {name.capitalize()}\n\n{table(rows)}\n" for name, rows in found.items())
+    write(f"bench_{subject}", result, markdown, partial(_ratios_and_growth, found), quick=quick)
+
+
+def _ratios_and_growth(found: Mapping[str, Sequence[Mapping[str, Any]]], figure: Any) -> None:
+    """Ratios of the target cases, and tokens per second as sizes grow."""
+    left, right = figure.subplots(1, 2)
+    left.barh([row["case"] for row in found["targets"]], [row["plain / drift"] for row in found["targets"]])
+    left.set_xlabel("times as fast as the baseline")
+    left.invert_yaxis()
+    rows = [*found["grid"], *found["growth"]]
+    right.plot([row["tokens/s"] for row in rows], "o-", label="drift")
+    right.plot([row["plain tokens/s"] for row in rows], "o-", label="baseline")
+    right.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=90, fontsize=7)
+    right.set_ylabel("tokens/s")
+    right.set_yscale("log")
+    right.legend()
 
 
 def write(
