@@ -165,8 +165,8 @@ class RLDFModule(PolicyModule):
         shape = {"step": self.global_step, "update": batch.update, "rollout": rollout.step_map.shape}
         plan_shape = {"timesteps of the plan": noisy.num_slots, "micro-batches": len(parts)}
         require_agreement("the shape of an update", shape | plan_shape)
-        old = self._old_logprobs(noisy, batch.update)
-        totals = self._totals(noisy, old, len(parts))
+        old = self._old_logprobs(noisy, batch.update, parts)
+        totals = self._totals(noisy, old, parts)
         outputs = []
         self.trained_probs = torch.zeros_like(rollout.completion_ids, dtype=torch.float32)
         for number, part in enumerate(parts, start=1):
@@ -227,32 +227,34 @@ class RLDFModule(PolicyModule):
         with reference_of(self.policy, self.reference) as reference:
             return self._score(reference, states)
 
-    def _score_all(self, noisy: MaskedBatch) -> TokenLogProbs:
+    def _score_all(self, noisy: MaskedBatch, parts: list[Tensor]) -> TokenLogProbs:
         logp = torch.zeros(noisy.targets.shape, dtype=torch.float32, device=self.device)
-        for part in micro_batches(noisy, self.micro_batch_size, self.micro_batch_tokens):
+        for part in parts:
             logp[part] = self._score(self.policy, noisy.select(part)).logp
         return TokenLogProbs(logp=logp)
 
     @torch.no_grad()
-    def _old_logprobs(self, noisy: MaskedBatch, update: int) -> TokenLogProbs | None:
+    def _old_logprobs(self, noisy: MaskedBatch, update: int, parts: list[Tensor]) -> TokenLogProbs | None:
         """Log-probabilities of the weights that made the rollout; None with one update per rollout."""
         if self.num_updates == 1:
             return None
         if update == 0 or not self._old_weights:
             self._old_weights = trainable_weights(self.policy)
         with weights_of(self.policy, self._old_weights):
-            return self._score_all(noisy)
+            return self._score_all(noisy, parts)
 
     @torch.no_grad()
-    def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None, num_parts: int) -> dict[str, Tensor]:
+    def _totals(
+        self, noisy: MaskedBatch, old: TokenLogProbs | None, parts: list[Tensor]
+    ) -> dict[str, Tensor]:
         """Kept tokens per slot and rows with noisy states, over all micro-batches and ranks."""
         num_rows = sum_over_ranks(torch.tensor(noisy.row.unique().numel(), device=self.device))
         if self.loss.tau == 0 or self.loss.normalisation == "sample":
             return {"num_kept": sum_over_ranks(kept_per_slot(noisy.scored, noisy)), "num_rows": num_rows}
-        if old is None and num_parts <= 1 and world_size() == 1:
+        if old is None and len(parts) <= 1 and world_size() == 1:
             return {"num_rows": num_rows}  # the one micro-batch is the whole batch: the loss counts itself
         # Which tokens are kept only probabilities tell, and how many must be known before any backward pass.
-        kept = kept_tokens(old or self._score_all(noisy), noisy, self.loss.tau)
+        kept = kept_tokens(old or self._score_all(noisy, parts), noisy, self.loss.tau)
         return {"num_kept": sum_over_ranks(kept_per_slot(kept, noisy)), "num_rows": num_rows}
 
     def _keep_feedback(self, states: MaskedBatch, policy: TokenLogProbs) -> None:
