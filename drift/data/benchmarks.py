@@ -112,18 +112,17 @@ class EvaluationSource:
             return procedural(self.task, self.key).rows(split, self.num)
         return load_all_rows(self.source, self.task, self.key)
 
-    def fitting(self, split: str, template: PromptTemplate, *, drop_long: bool) -> EvaluationSet:
+    def fitting(self, rows: Any, template: PromptTemplate, *, drop_long: bool) -> EvaluationSet:
         """The set, with every row of a file looked at: none may stop a run after hours.
 
         Args:
-            split: of the puzzles, where the task makes them.
+            rows: what `load` gave.
             template: renders and tokenises its prompts.
             drop_long: leave out prompts longer than the template's `max_length`, and don't raise.
 
         Raises:
-            ConfigError: where rows cannot be read or made, or a row cannot be used.
+            ConfigError: where a row cannot be used.
         """
-        rows: Any = self.load(split)
         if isinstance(rows, Dataset):
             num, rows = len(rows), fitting_rows(rows, self.task, template, self.where, drop_long=drop_long)
             if len(rows) < num:
@@ -131,23 +130,24 @@ class EvaluationSource:
         return EvaluationSet(name=self.name, rows=rows, task=self.task, where=self.where)
 
 
-def rows_to_compare(
-    sources: Mapping[str, Sequence[EvaluationSource]], *, made: bool
-) -> list[tuple[str, Any, Task]]:
-    """What training rows must not hold: each set's place in words, its rows and their task.
+def load_sources(
+    split: str, sources: Sequence[EvaluationSource], *, needed: bool, made: bool = True
+) -> list[tuple[EvaluationSource, Any]]:
+    """The sources of a split that there are rows of, each with all its rows.
 
     Args:
-        sources: of the evaluation sets, by split.
-        made: also rows that a task makes; where it makes the training rows, too, they are apart from these.
+        split: "validation" or "test".
+        sources: of its sets.
+        needed: True: raise where nothing is set and the task makes no rows; False: leave that set out.
+        made: False: leave out sets whose rows a task makes.
 
     Raises:
         ConfigError: where rows cannot be read.
     """
     return [
-        (source.where, source.load(split), source.task)
-        for split, sets in sources.items()
-        for source in sets
-        if source.source is not None or (made and isinstance(source.task, ProceduralTask))
+        (source, source.load(split))
+        for source in sources
+        if source.source is not None or (made if isinstance(source.task, ProceduralTask) else needed)
     ]
 
 

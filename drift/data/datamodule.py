@@ -19,8 +19,8 @@ from drift.data.benchmarks import (
     EvaluationSet,
     chosen,
     evaluation_sources,
+    load_sources,
     procedural,
-    rows_to_compare,
 )
 from drift.data.guard import ContaminationGuard
 from drift.data.refill import RefillPrompts, require_groups
@@ -38,7 +38,7 @@ from drift.data.stream import (
 from drift.data.template import PromptTemplate
 from drift.distributed import rank, require_agreement, share_of_rank, world_size
 from drift.models import load_tokenizer, resolve_folder
-from drift.tasks import ProceduralTask, Task
+from drift.tasks import Task
 
 LongPrompts = Literal["error", "drop"]
 _NUM_EXAMPLES = 8
@@ -170,10 +170,18 @@ class PromptDataModule(LightningDataModule):
         if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 0:
             raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
         split = "validation" if stage in ("fit", "validate") else "test"
-        self.evaluation_sets[split] = self.load_sets(split, needed=stage != "fit")
+        loaded = load_sources(split, self.evaluation_sources[split], needed=stage != "fit")
+        drop = self.long_prompts == "drop"
+        self.evaluation_sets[split] = [
+            source.fitting(rows, self.template, drop_long=drop) for source, rows in loaded
+        ]
         if stage == "fit":
+            # Where the task makes the training rows, those that it makes to be judged by are apart from them.
             made = self.train_source is not None
-            self.guard.compare_with(rows_to_compare(self.evaluation_sources, made=made))
+            loaded += load_sources("test", self.evaluation_sources["test"], needed=False, made=made)
+            self.guard.compare_with(
+                [(source.where, rows, source.task) for source, rows in loaded if made or source.source]
+            )
             self._train = self._training_rows()
             first = self._first or islice(self._train.starting_at(0), _NUM_EXAMPLES)
             self.examples = [self.task.problem(row) for row in first]
@@ -220,23 +228,6 @@ class PromptDataModule(LightningDataModule):
         tasks = [source.task for sources in self.evaluation_sources.values() for source in sources]
         for task in {id(task): task for task in (self.task, *tasks)}.values():
             task.reward.close()
-
-    def load_sets(self, split: str, *, needed: bool = True) -> list[EvaluationSet]:
-        """The evaluation sets of a split, with every row looked at: none may stop a run after hours.
-
-        Args:
-            split: "validation" or "test".
-            needed: False: none, where nothing is set and the task makes no rows.
-
-        Raises:
-            ConfigError: where rows cannot be read, or a row cannot be used.
-        """
-        drop = self.long_prompts == "drop"
-        return [
-            source.fitting(split, self.template, drop_long=drop)
-            for source in self.evaluation_sources[split]
-            if needed or source.source is not None or isinstance(source.task, ProceduralTask)
-        ]
 
     def _policy_folder(self) -> Any:
         module = None if self.trainer is None else self.trainer.lightning_module
