@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 import yaml
-from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import SaveConfigCallback
+from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from drift.checkpoints import require_checkpoint_file
 from drift.contract import ConfigError
-from drift.storage import damage, replacing
+from drift.storage import damage
 
-_CONFIG = "config.yaml"
+CONFIG = "config.yaml"
 _NAMES = ("last", "best")
 LAST, BEST, PREVIOUS, RESCUE = "last.ckpt", "best.ckpt", "previous.ckpt", "rescue.ckpt"
 RESUME_HELP = (
@@ -34,20 +33,6 @@ _MAY_DIFFER = re.compile(
     r"|trainer\.(max_steps|max_time|accelerator|devices|num_nodes|strategy|enable_\w+)(\..*)?"
     r"|trainer\.logger\..*|checkpoint\.every|model\.(gather_for_rollout|activation_checkpointing)"
 )
-
-
-class KeepConfig(SaveConfigCallback):
-    """Writes the settings beside the run, whole or not at all: by them the next start finds it."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes config.yaml."""
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks must ask
-        if not trainer.is_global_zero or self.already_saved:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / _CONFIG) as new:
-            self.parser.save(self.config, str(new), skip_none=False, overwrite=True, multifile=False)
-        self.already_saved = True
 
 
 @dataclass
@@ -174,7 +159,7 @@ def find_run(trainer: Trainer, dirpath: str | None, settings: Mapping[str, Any] 
         if settings is None:
             found = (checkpoints / LAST).exists() or (checkpoints / BEST).exists()
         else:
-            changed = differences(folder / _CONFIG, settings)
+            changed = differences(folder / CONFIG, settings)
             found = not changed
             if changed:
                 rank_zero_info(f"resume: {folder} is another run: it differs in {', '.join(changed[:5])}")
