@@ -31,7 +31,7 @@ from drift.progress import at_boundary, rewind_loops
 from drift.randomness import random_state, set_random_state
 from drift.resume import BEST, LAST, PREVIOUS
 from drift.signals import SignalWatch, Stopped, requeue_job, requeue_signal
-from drift.storage import AtomicCheckpointIO, leftovers, link, remove, storage_error
+from drift.storage import AtomicCheckpointIO, leftovers, link, storage_error
 
 _STATE = "drift_run"
 _ALONE = ("rollout", "reward")  # stages in which ranks need not wait for each other
@@ -106,7 +106,7 @@ class CheckpointCallback(ModelCheckpoint):
         if trainer.is_global_zero:
             for path in leftovers(Path(self.dirpath)):
                 rank_zero_warn(f"{path} was never finished: it is removed")
-                remove(path)
+                path.unlink()
         if isinstance(pl_module, PolicyModule):
             pl_module.between_steps = partial(self._between_steps, trainer, pl_module)
             pl_module.meet = partial(self._meet, pl_module)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -62,21 +61,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary(path: Path) -> Path:
-    """The name under which a file or folder is written before it is whole."""
+    """The name under which a file is written before it is whole."""
     return path.with_name(f".{path.name}{_TEMPORARY}")
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What a process that was killed while writing left behind in a folder."""
+    """The files that a process which was killed while writing left behind in a folder."""
     return sorted(folder.glob(f".*{_TEMPORARY}"))
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a link or a folder with all that is in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def storage_error(path: Path, error: BaseException) -> StorageError:
