@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from drift.commands import run
 from drift.contract import ConfigError, Rollout
@@ -39,7 +40,18 @@ def commands() -> list[str]:
 
 def test_every_line_of_the_shell_blocks_is_a_known_command():
     assert len(commands()) >= 10
-    assert {line.split()[0] for line in commands()} == {"drift", "make"}
+    assert {line.split()[0] for line in commands()} == {"drift", "export", "make", "torchrun"}
+
+
+def test_torchrun_and_drift_understand_their_parts_of_the_command_for_several_machines(capsys):
+    line = next(line for line in commands() if line.startswith("torchrun"))
+    torchrun = get_args_parser().parse_args(shlex.split(line)[1:])
+    assert torchrun.module
+    assert torchrun.training_script == "drift"
+    with pytest.raises(SystemExit) as stopped:
+        run([*torchrun.training_script_args, "--print_config"])
+    assert stopped.value.code in (0, None)
+    assert "num_nodes: 2" in capsys.readouterr().out
 
 
 def test_make_commands_exist():
