@@ -28,11 +28,13 @@ class Paced(LLaDA):
     Works without a cache, on prompts of one length.
     """
 
-    def forward(self, input_ids: Tensor, attention_mask=None, position_ids=None, cache=None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask=None, position_ids=None, cache=None, wanted=None
+    ) -> Tensor:
         """Hidden states whose first number is the logit of one token."""
-        hidden = super().forward(input_ids, attention_mask, position_ids, cache)
+        hidden = super().forward(input_ids, attention_mask, position_ids, cache, wanted)
         sure = uniform(fold(torch.arange(input_ids.shape[1]), 7)) < input_ids[:, :1] / 1000
-        hidden[..., 0] = 25.0 * sure
+        hidden[..., 0] = 25.0 * (sure if wanted is None else sure[wanted])
         return hidden
 
 
@@ -170,25 +172,31 @@ class Recorder:
         self.shares = {p: round(parts[p] / parts["all"], 3) for p in ("body", "head", "sampling", "other")}
 
     def _see(self, _: LLaDA, args: tuple[Any, ...]) -> None:
-        ids, _, _, cache = args
-        before = cache.length if cache is not None and cache._opened else 0
+        ids, _, _, cache, _ = args
+        before = cache.length if cache is not None and cache.opened else 0
         self.passes.append((*ids.shape, before + ids.shape[1]))
 
     @torch.no_grad()
     def matmuls(self, policy: LLaDA) -> None:
-        """Nothing but the multiplications of the recorded passes, with the policy's own weights."""
+        """Nothing but the multiplications of the recorded passes, with the policy's own weights.
+
+        What follows the last attention, and the head, are needed at the masked positions alone.
+        """
         heads = policy.config.n_heads
         for (rows, fed, keys), scored in zip(self.passes, self.scored, strict=True):
-            x = torch.ones(rows, fed, policy.config.d_model)
+            x = torch.ones(rows * fed, policy.config.d_model)
             query = torch.ones(rows, heads, fed, policy.head_width)
             key = torch.ones(rows, heads, keys, policy.head_width)
-            for block in policy.blocks:
-                for layer in (block.q_proj, block.k_proj, block.v_proj, block.attn_out, block.up_proj):
+            for number, block in enumerate(policy.blocks, start=1):
+                for layer in (block.q_proj, block.k_proj, block.v_proj):
                     layer(x)
                 (query @ key.mT) @ key
+                if number == len(policy.blocks):
+                    x = x[:scored]
+                for layer in (block.attn_out, block.up_proj):
+                    layer(x)
                 block.ff_out(block.ff_proj(x))
-            for part in torch.ones(scored, policy.config.d_model).split(256):
-                torch.nn.functional.linear(part, policy.head.weight)
+            torch.nn.functional.linear(x, policy.head.weight)
 
 
 def measure(case: Case, repeats: int, *, compiled: bool = False) -> dict[str, Any]:

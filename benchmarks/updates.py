@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader
 
 from drift.advantages import group_advantages
 from drift.contract import MaskedBatch, Problem, PromptBatch, Rollout, TimestepPlan, TokenLogProbs
-from drift.logprobs import CHUNK_SIZE
 from drift.losses import LossConfig, kept_tokens, rldf_loss
 from drift.masking import masked_batch
 from drift.models import LLaDA, load_policy
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig
 from drift.samplers.base import TimestepSampler, sequential_plan
+from drift.token_scores import tile_width
 
 GROUP = 4
 # Small, so that every round starts from the same weights.
@@ -263,21 +263,24 @@ class Matmuls:
         """Forward and backward passes, of the reference forward alone."""
         for length in dict.fromkeys(self.lengths):
             rows = self.lengths.count(length)
-            self._body(rows, length, backward=True)
+            scored = self.scored * rows // len(self.lengths)
+            self._body(rows, length, scored, backward=True)
             if self.case.beta:
-                self._body(rows, length, backward=False)
+                self._body(rows, length, scored, backward=False)
         self._head(self.scored, backward=False)
         if self.case.beta:
             self._head(self.scored, backward=False)
         self._head(self.kept, backward=True)
 
-    def _body(self, rows: int, length: int, *, backward: bool) -> None:
+    def _body(self, rows: int, length: int, scored: int, *, backward: bool) -> None:
         heads = self.policy.config.n_heads
         query = torch.ones(rows * heads, length, self.policy.head_width)
-        for block in self.policy.blocks:
-            for layer in block.children():
+        for number, block in enumerate(self.policy.blocks, start=1):
+            for name, layer in block.named_children():
                 if isinstance(layer, torch.nn.Linear):
-                    x = torch.ones(rows * length, layer.in_features)
+                    # After the last attention the scored positions alone are needed.
+                    end = number == len(self.policy.blocks) and name not in ("q_proj", "k_proj", "v_proj")
+                    x = torch.ones(scored if end else rows * length, layer.in_features)
                     y = layer(x)
                     if backward:
                         y @ layer.weight
@@ -292,12 +295,14 @@ class Matmuls:
                 scores.mT @ query
 
     def _head(self, rows: int, *, backward: bool) -> None:
-        weight = self.policy.head.weight
-        gradient = torch.zeros_like(weight) if backward else None
-        logits = torch.ones(min(rows, CHUNK_SIZE), len(weight))
-        for x in torch.ones(rows, weight.shape[1]).split(CHUNK_SIZE):
+        weight, states = self.policy.head.weight, torch.ones(rows, self.policy.config.d_model)
+        width = tile_width(rows, len(weight), on_cpu=True)
+        gradient = torch.empty_like(weight) if backward else None
+        logits = torch.ones(rows, width)
+        for first in range(0, len(weight), width):
+            part = weight[first : first + width]
             if gradient is None:
-                torch.mm(x, weight.t(), out=logits[: len(x)])
+                torch.mm(states, part.t(), out=logits[:, : len(part)])
             else:
-                logits[: len(x)] @ weight
-                gradient.addmm_(logits[: len(x)].t(), x)
+                logits[:, : len(part)] @ part
+                torch.mm(logits[:, : len(part)].t(), states, out=gradient[first : first + width])

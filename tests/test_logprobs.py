@@ -41,17 +41,17 @@ def test_values_are_the_oracles(oracle: ModuleType, policy: LLaDA, batch: Masked
     assert found.logp.dtype == torch.float32
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5, 1000])
-def test_chunks_change_neither_values_nor_gradients(
-    make_policy: Callable[..., LLaDA], batch: MaskedBatch, chunk_size: int
+@pytest.mark.parametrize("width", [1, 5, 1000])
+def test_tiles_change_neither_values_nor_gradients(
+    make_policy: Callable[..., LLaDA], batch: MaskedBatch, width: int
 ):
     def both(size: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         policy = make_policy()
-        found = token_logprobs(policy, batch, entropy=True, chunk_size=size)
+        found = token_logprobs(policy, batch, entropy=True, width=size)
         (found.logp.sum() + found.entropy.square().sum()).backward()
         return found.logp.detach(), [p.grad for p in policy.parameters()]
 
-    whole, chunked = both(10**9), both(chunk_size)
+    whole, chunked = both(10**9), both(width)
     torch.testing.assert_close(chunked[0], whole[0], rtol=0, atol=1e-5)
     for ours, theirs in zip(chunked[1], whole[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())

@@ -14,10 +14,8 @@ from drift.doctor.checks import Check
 from drift.doctor.probes import Probe, batch_of, built_in_probes, random_probes
 from drift.logprobs import token_logprobs
 from drift.masking import masked_batch
-from drift.models import (
-    DiffusionLM,
-    Dream,
-)
+from drift.models import DiffusionLM, Dream
+from drift.models.head import in_chunks
 from drift.rollout import DenoiseConfig, denoise
 from drift.samplers import FullSampler
 
@@ -162,7 +160,7 @@ def _scores(
         return (logits.log_softmax(dim=-1).gather(-1, target[:, None])[:, 0],)
 
     return [
-        policy.head(hidden[row, position + move], read, ids[row, position], chunk_size=256)[0]
+        policy.head(hidden[row, position + move], in_chunks(read, ids[row, position], size=256))[0]
         for move in moves
     ]
 
@@ -211,7 +209,7 @@ def _tolerance(policy: DiffusionLM, ids: Tensor, mask: Tensor, asked: Tensor) ->
         return (logits[:, legal].std(dim=-1),)
 
     hidden = policy(ids.masked_fill(asked, policy.mask_token_id), mask)[asked]
-    return _TOLERANCE[dtype] * max(policy.head(hidden, spread, chunk_size=256)[0].mean().item(), 1e-2)
+    return _TOLERANCE[dtype] * max(policy.head(hidden, in_chunks(spread, size=256))[0].mean().item(), 1e-2)
 
 
 def _rollout(policy: DiffusionLM, texts: list[Probe]) -> Iterator[Check]:

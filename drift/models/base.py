@@ -79,6 +79,7 @@ class DiffusionLM(PreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        wanted: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Hidden states, aligned: the head applied to position i scores the token at i.
 
@@ -87,9 +88,11 @@ class DiffusionLM(PreTrainedModel):
             attention_mask: [B,L] bool, False at padding; L counts cached positions too. None: no padding.
             position_ids: [B,l] int64; None: counted from the attention mask, padding left out.
             cache: keys and values of positions that are not fed, or a store for those that are.
+            wanted: rows and fed positions, [n] int64 each, whose hidden states are needed: the last block
+                computes little else. None: all.
 
         Returns:
-            [B,l,D].
+            [B,l,D], or [n,D] of those that are wanted.
         """
         raise NotImplementedError
 
@@ -99,8 +102,9 @@ class DiffusionLM(PreTrainedModel):
         attention_mask: Tensor | None,
         position_ids: Tensor,
         cache: KeyValueCache | None,
+        wanted: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The residual stream [B,l,D] after all blocks; arguments as for `forward`."""
+        """The residual stream [B,l,D] or [n,D] after all blocks; arguments as for `forward`."""
         table = rotary_table(position_ids, self.head_width, self.config.rope_theta)
         key_mask = None if attention_mask is None else attention_mask[:, None, None, :]
         x = self.get_input_embeddings()(input_ids)
@@ -108,17 +112,19 @@ class DiffusionLM(PreTrainedModel):
         recompute = (
             self.activation_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         )
-        for block in self.blocks:
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            flat = None if wanted is None or number < last else wanted[0] * input_ids.shape[1] + wanted[1]
             if recompute:
                 # Nothing in a block is random.
                 x = cast(
                     Tensor,
                     checkpoint(
-                        block, x, table, key_mask, None, use_reentrant=False, preserve_rng_state=False
+                        block, x, table, key_mask, None, flat, use_reentrant=False, preserve_rng_state=False
                     ),
                 )
             else:
-                x = block(x, table, key_mask, cache)
+                x = block(x, table, key_mask, cache, flat)
         return x
 
     def logits(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

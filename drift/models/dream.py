@@ -201,13 +201,33 @@ class Dream(DiffusionLM):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        wanted: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [B,l,D], aligned; see `DiffusionLM.forward`."""
+        """Hidden states [B,l,D] or [n,D], aligned; see `DiffusionLM.forward`."""
         if position_ids is None:
             position_ids = default_positions(input_ids, attention_mask)
-        x = self.run_blocks(input_ids, attention_mask, position_ids, cache)
-        raw = self.model["norm"](x)
-        return shifted(raw, position_ids, None if cache is None else cache.state_before(raw))
+        # Asked before the blocks are run: they open the cache.
+        kept = None if cache is None else cache.state_to_keep
+        before = None if cache is None else cache.state
+        if wanted is None:
+            raw = self.model["norm"](self.run_blocks(input_ids, attention_mask, position_ids, cache))
+            found, states = shifted(raw, position_ids, before), raw if kept is None else raw[:, kept]
+        else:
+            row, position = wanted
+            # What `shifted` does: the state before predicts a token, but for the first one.
+            place = torch.where(position_ids[wanted] == 0, position, position - 1)
+            asked = (row, place.clamp(min=0))
+            if kept is not None:
+                rows = torch.arange(len(input_ids), device=row.device)
+                asked = (torch.cat((row, rows)), torch.cat((asked[1], torch.full_like(rows, kept))))
+            raw = self.model["norm"](self.run_blocks(input_ids, attention_mask, position_ids, cache, asked))
+            found, states = raw[: len(row)], raw[len(row) :]
+            if before is not None:
+                found = torch.where((place < 0)[:, None], before[row], found)
+        if cache is not None and kept is not None:
+            # A copy: a view would keep all states alive.
+            cache.state = states.clone()
+        return found
 
 
 def shifted(raw: Tensor, position_ids: Tensor, before: Tensor | None) -> Tensor:
@@ -219,7 +239,7 @@ def shifted(raw: Tensor, position_ids: Tensor, before: Tensor | None) -> Tensor:
     Args:
         raw: [B,l,D] hidden states as the body gives them.
         position_ids: [B,l] int64; a first token (position 0) has no predecessor and keeps its own state.
-        before: [B,1,D] state of the position before the fed ones; None: they begin the sequence.
+        before: [B,D] state of the position before the fed ones; None: they begin the sequence.
     """
-    previous = torch.cat((raw[:, :1] if before is None else before, raw[:, :-1]), dim=1)
+    previous = torch.cat((raw[:, :1] if before is None else before[:, None], raw[:, :-1]), dim=1)
     return torch.where((position_ids == 0)[..., None], raw, previous)

@@ -24,13 +24,13 @@ class KeyValueCache(Protocol):
         """
         ...
 
-    def state_before(self, states: Tensor) -> Tensor | None:
-        """[B,1,D] last hidden state of the position before the fed ones; None where they begin the sequence.
-
-        Args:
-            states: [B,l,D] last hidden states of the fed positions.
-        """
+    @property
+    def state_to_keep(self) -> int | None:
+        """The position to be fed that is to leave its last hidden state in `state`; None: none."""
         ...
+
+    state: Tensor | None
+    """[B,D] last hidden state of the position before the fed ones; None where they begin the sequence."""
 
 
 class Block(nn.Module):
@@ -48,23 +48,32 @@ class Block(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x: Tensor, table: tuple[Tensor, Tensor], key_mask: Tensor | None, cache: KeyValueCache | None
+        self,
+        x: Tensor,
+        table: tuple[Tensor, Tensor],
+        key_mask: Tensor | None,
+        cache: KeyValueCache | None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
-        """The residual stream [B,l,D] after this block."""
+        """The residual stream [B,l,D] after this block, or [n,D] of the wanted of its B*l positions."""
         project, finish = type(self).project, type(self).finish
         if self.compiled:
             project, finish = _compiled(project), _compiled(finish)
         query, key, value = project(self, x, table)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
-        return finish(self, x, attend(query, key, value, key_mask))
+        mixed = attend(query, key, value, key_mask)
+        if wanted is not None:
+            # What follows looks at no other position.
+            x, mixed = (t.flatten(0, 1).index_select(0, wanted) for t in (x, mixed))
+        return finish(self, x, mixed)
 
     def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B,H,l,d], keys and values [B,Hkv,l,d] of the residual stream; see `rotary_table`."""
         raise NotImplementedError
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """The residual stream [B,l,D] after the block, given what attention mixed, [B,l,H*d]."""
+        """The residual stream [...,D] after the block, given what attention mixed, [...,H*d]."""
         raise NotImplementedError
 
 

@@ -183,9 +183,10 @@ class LLaDA(DiffusionLM):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
+        wanted: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states [B,l,D]; see `DiffusionLM.forward`."""
+        """Hidden states [B,l,D] or [n,D]; see `DiffusionLM.forward`."""
         if position_ids is None:
             position_ids = default_positions(input_ids, attention_mask)
-        x = self.run_blocks(input_ids, attention_mask, position_ids, cache)
+        x = self.run_blocks(input_ids, attention_mask, position_ids, cache, wanted)
         return self._transformer["ln_f"](x)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from drift.plan.settings import PlanSettings
 from drift.plan.sizes import PolicySizes
 from drift.rollout import DenoiseConfig
+from drift.token_scores import tile_width
 
 FULL = 4  # bytes of a float32
 
@@ -57,34 +58,57 @@ def saved_by_block(sizes: PolicySizes, numbers: Numbers, rank: int = 0, *, padde
         rank: of the adapters; 0: there are none.
         padded: whether prompts differ in length.
     """
+    return saved_before_mixing(sizes, numbers, rank, padded=padded) + saved_after_mixing(sizes, numbers, rank)
+
+
+def saved_before_mixing(sizes: PolicySizes, numbers: Numbers, rank: int, *, padded: bool) -> int:
+    """The part of `saved_by_block` up to what attention mixed, which is needed at all positions."""
     width, compute = sizes.width, numbers.compute
-    trained = numbers.adapter is None
-    # What the layers that are trained take in: in `entering`, shared by them where no cast is needed.
-    entering = compute if numbers.adapter is None else numbers.adapter
-    shared = numbers.residual == entering and (trained or entering == FULL)
-    norms = 2 * (FULL * width + FULL + (numbers.residual * width if trained else 0))
-    inputs = (2 if shared else 5) * entering * width
     # Queries, keys, values, the mixture, and the logarithm of each head's normaliser. Prompts of several
     # lengths need a mask, and then grouped keys and values are repeated for every head.
     kv_width = width if padded else sizes.kv_width
     attention = compute * (2 * width + 2 * kv_width + padded) + FULL * sizes.num_heads
+    inputs = (1 if _shared(numbers) else 3) * _entering(numbers) * width
+    extra = 0 if numbers.adapter is None else numbers.adapter * 3 * rank
+    return _saved_by_norm(sizes, numbers) + inputs + attention + extra
+
+
+def saved_after_mixing(sizes: PolicySizes, numbers: Numbers, rank: int) -> int:
+    """The rest of `saved_by_block`, which the last block needs at the scored positions alone."""
+    width, compute, entering = sizes.width, numbers.compute, _entering(numbers)
+    inputs = (1 if _shared(numbers) else 2) * entering * width
     feed_forward = compute * 3 * sizes.mlp_width + entering * sizes.mlp_width
     extra = 0
     if numbers.adapter is not None:
         # Adapters take a cast copy of the mixture where it is not float32 already.
-        extra = numbers.adapter * (7 * rank + (0 if compute == entering == FULL else width))
-    return norms + inputs + attention + feed_forward + extra
+        extra = numbers.adapter * (4 * rank + (0 if compute == entering == FULL else width))
+    return _saved_by_norm(sizes, numbers) + inputs + feed_forward + extra
 
 
-def saved_around_blocks(sizes: PolicySizes, numbers: Numbers) -> int:
-    """What is kept for each position beside the blocks: the last norm, its result, rotary tables, ids."""
-    return saved_by_last_norm(sizes, numbers) + 2 * FULL * sizes.head_width + 8
+def _saved_by_norm(sizes: PolicySizes, numbers: Numbers) -> int:
+    trained = numbers.residual * sizes.width if numbers.adapter is None else 0
+    return FULL * sizes.width + FULL + trained
+
+
+def _entering(numbers: Numbers) -> int:
+    """Bytes of a number that the layers which are trained take in."""
+    return numbers.compute if numbers.adapter is None else numbers.adapter
+
+
+def _shared(numbers: Numbers) -> bool:
+    """Whether those layers share what they take in: no cast is needed."""
+    entering = _entering(numbers)
+    return numbers.residual == entering and (numbers.adapter is None or entering == FULL)
+
+
+def saved_by_table(sizes: PolicySizes) -> int:
+    """What is kept for each position beside the blocks and the last norm: rotary tables and ids."""
+    return 2 * FULL * sizes.head_width + 8
 
 
 def saved_by_last_norm(sizes: PolicySizes, numbers: Numbers) -> int:
     """What the norm after the blocks keeps for each position, its result included."""
-    trained = numbers.residual * sizes.width if numbers.adapter is None else 0
-    return FULL * sizes.width + FULL + trained + numbers.residual * sizes.width
+    return _saved_by_norm(sizes, numbers) + numbers.residual * sizes.width
 
 
 def block_backward(sizes: PolicySizes, numbers: Numbers) -> int:
@@ -113,16 +137,15 @@ def forward_work(sizes: PolicySizes, numbers: Numbers) -> int:
     return table + projections + max(attention, feed_forward)
 
 
-def training_head(sizes: PolicySizes, numbers: Numbers, states: int, chunk: int) -> int:
-    """Bytes that the head needs at its peak, in the backward pass of one chunk.
+def training_head(sizes: PolicySizes, numbers: Numbers, states: int) -> int:
+    """Bytes that the head needs at its peak, in the backward pass of one tile of the vocabulary.
 
     Args:
         sizes: of the policy.
         numbers: bytes of a number.
         states: scored positions in all.
-        chunk: scored positions that are expanded to the vocabulary at once.
     """
-    logits = min(states, chunk) * sizes.vocab_rows
+    logits = states * tile_width(states, sizes.vocab_rows)
     copy = 2 * sizes.num_head if numbers.cast else 0
     # Logits, which become their own gradient; in low precision as they come, in float32, and as they go.
     at_logits = (FULL if numbers.compute == FULL else FULL + 2 * numbers.compute) * logits
@@ -132,11 +155,11 @@ def training_head(sizes: PolicySizes, numbers: Numbers, states: int, chunk: int)
     return copy + gradient + max(at_logits, FULL * sizes.num_head if numbers.cast else 0)
 
 
-def scoring_head(sizes: PolicySizes, numbers: Numbers, states: int, chunk: int) -> int:
+def scoring_head(sizes: PolicySizes, numbers: Numbers, states: int) -> int:
     """Bytes that the head needs to score without a graph: logits, in low precision once more in float32."""
     copy = 2 * sizes.num_head if numbers.cast else 0
     size = FULL if numbers.compute == FULL else FULL + numbers.compute
-    return copy + size * min(states, chunk) * sizes.vocab_rows
+    return copy + size * states * tile_width(states, sizes.vocab_rows)
 
 
 def sampling_head(sizes: PolicySizes, config: DenoiseConfig, rows: int, chunk: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-from drift.logprobs import CHUNK_SIZE
 from drift.plan.activations import (
     FULL,
     Numbers,
@@ -13,9 +12,10 @@ from drift.plan.activations import (
     forward_work,
     norm_backward,
     sampling_head,
-    saved_around_blocks,
-    saved_by_block,
+    saved_after_mixing,
+    saved_before_mixing,
     saved_by_last_norm,
+    saved_by_table,
     scoring_head,
     training_head,
 )
@@ -202,26 +202,33 @@ def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
     positions = settings.micro_batch_size * settings.length
     scored = settings.micro_batch_size * min(settings.completion_length, settings.length)
     rank = settings.lora_rank or 0
-    block = positions * saved_by_block(policy, numbers, rank)
-    around = positions * saved_around_blocks(policy, numbers)
-    # The scored states and their gradients.
-    around += 2 * scored * numbers.residual * policy.width
-    head = training_head(policy, numbers, scored, CHUNK_SIZE)
+    before = positions * saved_before_mixing(policy, numbers, rank, padded=True)
+    block = before + positions * saved_after_mixing(policy, numbers, rank)
+    # In the last block only scored positions are looked at after attention; their mixture is a copy.
+    last = before + scored * (saved_after_mixing(policy, numbers, rank) + numbers.compute * policy.width + 8)
+    norm = scored * saved_by_last_norm(policy, numbers)
+    scored_states = 2 * scored * numbers.residual * policy.width  # and their gradients
+    around = positions * saved_by_table(policy) + norm + scored_states
+    head = training_head(policy, numbers, scored)
     gradient = numbers.compute + (FULL if numbers.cast else 0)
     weight = gradient * policy.width * policy.mlp_width if numbers.adapter is None else 0
-    backward = positions * block_backward(policy, numbers) + weight
-    moments = [positions * norm_backward(policy)]
-    saved = policy.num_blocks * block + around
+    work = block_backward(policy, numbers)
+    states = positions * numbers.residual * policy.width
+    saved = (policy.num_blocks - 1) * block + last + around
+    # Backward in the last block, and in the one before it, when what came after that is gone.
+    in_last, in_other = scored * work + weight, positions * work + weight - last
+    moments = [scored * norm_backward(policy)]
     if settings.activation_checkpointing:
-        saved = policy.num_blocks * positions * numbers.residual * policy.width + around
+        saved = policy.num_blocks * states + around
         copies = _cast_blocks(policy, numbers)
-        backward += block + copies // policy.num_blocks
+        again = copies // policy.num_blocks
         # By then what the last norm kept is gone, and a gradient has come in.
-        backward -= positions * (saved_by_last_norm(policy, numbers) - numbers.residual * policy.width)
+        in_last = scored * work + weight + last + again - (norm - scored * numbers.residual * policy.width)
+        in_other = positions * work + weight + block + again - norm - scored_states
         if numbers.adapter is None:
             # The copies of all weights are there until the forward pass ends.
-            moments.append(copies + scoring_head(policy, numbers, scored, CHUNK_SIZE))
-    moments.append(backward)
+            moments.append(copies + scoring_head(policy, numbers, scored))
+    moments += [in_last, in_other]
     if settings.beta > 0:
         moments.append(_reference_pass(settings, numbers, positions, scored))
     return saved, head, max(0, max(moments) - head)
@@ -235,7 +242,7 @@ def _reference_pass(settings: PlanSettings, numbers: Numbers, positions: int, sc
     layer = 2 * sizes.width * sizes.mlp_width if numbers.cast else 0
     body = positions * forward_work(sizes, numbers) + layer
     states = positions * numbers.residual * sizes.width
-    return max(body, states + scoring_head(sizes, numbers, scored, CHUNK_SIZE))
+    return max(body, states + scoring_head(sizes, numbers, scored))
 
 
 def _rollout(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:

@@ -22,8 +22,7 @@ class PrefixCache:
         self.dual = dual
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
-        self._state: Tensor | None = None
-        self._opened = False
+        self.state: Tensor | None = None
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values to attend to; see `drift.models.KeyValueCache`."""
@@ -45,14 +44,15 @@ class PrefixCache:
         kept[:, :, self.length : stop] = window
         return kept if self.dual else kept[:, :, :stop]
 
-    def state_before(self, states: Tensor) -> Tensor | None:
-        """The state of the prefix's last position, as stale as its keys; see `drift.models.KeyValueCache`."""
-        if self._opened:
-            return self._state
-        self._opened = True
-        if self.length:
-            self._state = states[:, self.length - 1 : self.length].clone()
-        return None
+    @property
+    def opened(self) -> bool:
+        """Whether the pass that opens the block has been made."""
+        return bool(self._keys)
+
+    @property
+    def state_to_keep(self) -> int | None:
+        """In the opening pass the prefix's last position; see `drift.models.KeyValueCache`."""
+        return None if self.opened or not self.length else self.length - 1
 
     def keep(self, rows: Tensor) -> None:
         """Drops all but some rows.
@@ -62,15 +62,15 @@ class PrefixCache:
         """
         self._keys = [k[rows] for k in self._keys]
         self._values = [v[rows] for v in self._values]
-        self._state = None if self._state is None else self._state[rows]
+        self.state = None if self.state is None else self.state[rows]
 
     def append(self, other: PrefixCache) -> None:
         """Takes in the rows of another cache of the same length, behind its own."""
-        assert (self.length, self.dual, self._opened) == (other.length, other.dual, other._opened)
+        assert (self.length, self.dual, self.opened) == (other.length, other.dual, other.opened)
         self._keys = [_stacked(*pair) for pair in zip(self._keys, other._keys, strict=True)]
         self._values = [_stacked(*pair) for pair in zip(self._values, other._values, strict=True)]
-        if self._state is not None and other._state is not None:
-            self._state = torch.cat((self._state, other._state))
+        if self.state is not None and other.state is not None:
+            self.state = torch.cat((self.state, other.state))
 
 
 def _stacked(one: Tensor, other: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from drift.contract import Rollout
 from drift.models import DiffusionLM
+from drift.models.head import in_chunks
 from drift.models.layers import Block
 from drift.randomness import draw_keys, fold, uniform
 from drift.rollout.cache import PrefixCache
@@ -131,9 +132,9 @@ def _scored(
                 stop = min(first + config.block_length + config.horizon, stop)
             seen = seen if config.dual_cache else stop
     mask = canvas.attention_mask[rows, cohort.start : seen] if cohort.padded else None
-    hidden = policy(
-        canvas.input_ids[rows, start:stop], mask, canvas.position_ids[rows, start:stop], cohort.cache
-    )
+    fed = canvas.input_ids[rows, start:stop]
+    where = (row, position + (canvas.prompt_length - start))
+    hidden = policy(fed, mask, canvas.position_ids[rows, start:stop], cohort.cache, where)
     draws = []
     if config.draws:
         key = fold(canvas.seeds[rows[row]], canvas.timestep[rows[row]], position)
@@ -143,8 +144,7 @@ def _scored(
         found = candidates(policy.forbid_illegal(logits, in_place=True), config, uniforms, overwrite=True)
         return found.token, found.prob, found.score
 
-    where = position + (canvas.prompt_length - start)
-    return policy.head(hidden[row, where], read, *draws, chunk_size=CHUNK_SIZE)
+    return policy.head(hidden, in_chunks(read, *draws, size=CHUNK_SIZE))
 
 
 @contextmanager

@@ -205,7 +205,9 @@ def test_a_mask_id_that_only_the_policy_can_refute(llada: Path, copy):
 def test_padding_that_is_not_masked(llada: Path, monkeypatch: pytest.MonkeyPatch):
     policy, whole = load_policy(llada).eval(), LLaDA.forward
     tokenizer = character_tokenizer(SIZE, PAD, MASK)
-    monkeypatch.setattr(LLaDA, "forward", lambda self, ids, mask=None, *rest: whole(self, ids, None, *rest))
+    monkeypatch.setattr(
+        LLaDA, "forward", lambda self, ids, mask=None, *rest, **more: whole(self, ids, None, *rest, **more)
+    )
     check = only_failure(examine(policy, tokenizer, []))
     assert check.name == "padding"
     assert "the attention reads padding" in check.fix
@@ -328,6 +330,8 @@ def test_padding_is_seen_at_any_size_of_logits(
     policy = make_policy(vocab_size=SIZE, mask_token_id=MASK, d_model=64, n_layers=4, init_std=init_std)
     torch.nn.Module.to(policy, dtype)
     whole = LLaDA.forward
-    monkeypatch.setattr(LLaDA, "forward", lambda self, ids, mask=None, *rest: whole(self, ids, None, *rest))
+    monkeypatch.setattr(
+        LLaDA, "forward", lambda self, ids, mask=None, *rest, **more: whole(self, ids, None, *rest, **more)
+    )
     found = {check.name: check for check in examine(policy, character_tokenizer(SIZE, PAD, MASK), [])}
     assert found["padding"].status == "failed", found["padding"].found

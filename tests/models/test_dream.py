@@ -101,7 +101,7 @@ def test_the_shift_by_hand():
     positions = torch.tensor([[0, 1, 2, 3, 4], [0, 0, 0, 1, 2]])  # row 1: two of padding, then three tokens
     # Row 1: padding and the first token (5, 6, 7) keep their own, then 7 and 8 move up.
     assert shifted(raw, positions, None)[..., 0].tolist() == [[0, 0, 1, 2, 3], [5, 6, 7, 7, 8]]
-    before = torch.tensor([[[20.0]], [[21.0]]])
+    before = torch.tensor([[20.0], [21.0]])
     assert shifted(raw, positions + 3, before)[..., 0].tolist() == [[20, 0, 1, 2, 3], [21, 5, 6, 7, 8]]
 
 

@@ -9,7 +9,13 @@ from drift.contract import MaskedBatch
 from drift.logprobs import token_logprobs
 from drift.models import LLaDA
 from drift.plan import PlanSettings, plan_memory
-from drift.plan.activations import Numbers, sampling_head, saved_around_blocks, saved_by_block
+from drift.plan.activations import (
+    Numbers,
+    sampling_head,
+    saved_by_block,
+    saved_by_last_norm,
+    saved_by_table,
+)
 from drift.plan.sizes import sizes_of
 from drift.rollout import DenoiseConfig, denoise
 
@@ -75,7 +81,8 @@ def test_what_a_block_keeps_is_counted_to_the_byte(
     rest = lower - 2 * block
     # Beside what is saved, the result itself is there.
     result = numbers.residual * settings.policy.width
-    assert rest == ids.numel() * (saved_around_blocks(settings.policy, numbers) - result)
+    around = saved_by_table(settings.policy) + saved_by_last_norm(settings.policy, numbers)
+    assert rest == ids.numel() * (around - result)
 
 
 def test_what_a_block_keeps_worked_by_hand(make):

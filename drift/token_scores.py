@@ -1,0 +1,140 @@
+"""Log-probabilities of tokens from hidden states and the head's weight, a tile of the vocabulary at a time.
+
+Logits cost more memory than everything below the head. Here a tile of them is made, reduced to one running
+sum a state and overwritten; backward makes it again. No sum over the vocabulary is taken twice, and the
+gradient of every row of the weight is written once (the idea of Wijmans et al., arXiv 2411.09009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from drift.models.base import ILLEGAL_LOGIT
+
+# Logits of a tile: on a CPU as many as its cache holds, elsewhere enough to keep the device busy.
+_TILE_ON_CPU, _TILE_ELSEWHERE = 2**21, 2**26
+_LEAST_WIDTH = 512
+
+
+def tile_width(num_states: int, vocab_rows: int, *, on_cpu: bool = False) -> int:
+    """Tokens of a tile.
+
+    Args:
+        num_states: hidden states that are scored together.
+        vocab_rows: rows of the head.
+        on_cpu: whether they are scored there.
+    """
+    size = _TILE_ON_CPU if on_cpu else _TILE_ELSEWHERE
+    return min(max(size // max(num_states, 1), _LEAST_WIDTH), vocab_rows)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """A use of the head: log-probabilities of tokens over the legal ones, and entropies, with their graph.
+
+    Args:
+        targets: [n] int64 tokens.
+        illegal: ids that get no probability.
+        entropy: whether entropies are wanted, too.
+        width: tokens of a tile; None: see `tile_width`.
+    """
+
+    targets: Tensor
+    illegal: list[int]
+    entropy: bool = False
+    width: int | None = None
+
+    def __call__(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        """[n] log-probabilities in nats, and [n] entropies if wanted, both float32."""
+        logp, entropy = _Scores.apply(self, hidden, weight)  # pyright: ignore[reportGeneralTypeIssues]
+        return (logp, entropy) if self.entropy else (logp,)
+
+    def tiles(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The rows of the weight in each tile and its [m,w] float32 logits, which may be overwritten."""
+        num_states, vocab_rows = len(hidden), len(weight)
+        on_cpu = hidden.device.type == "cpu"
+        width = min(self.width or tile_width(num_states, vocab_rows, on_cpu=on_cpu), vocab_rows)
+        # The same memory for every tile: new memory costs time.
+        memory = hidden.new_empty(num_states * width)
+        for first in range(0, vocab_rows, width):
+            part = weight[first : first + width]
+            logits = memory[: num_states * len(part)].view(num_states, len(part))
+            logits = torch.mm(hidden, part.t(), out=logits).float()
+            illegal = [token - first for token in self.illegal if first <= token < first + len(part)]
+            if illegal:
+                logits.index_fill_(1, torch.tensor(illegal, device=logits.device), ILLEGAL_LOGIT)
+            yield slice(first, first + len(part)), logits
+
+
+class _Scores(torch.autograd.Function):
+    """Backward computes those states alone that have a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: TokenScores, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        blank = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        top, at_target = torch.full_like(blank, torch.finfo(torch.float32).min), blank
+        # Of exp(logit - top), over the tiles so far: the sum, and that of it times (logit - top).
+        total, moment = blank, blank
+        for rows, logits in scores.tiles(hidden, weight):
+            place, inside = _places(scores.targets, rows)
+            at_target = torch.where(inside, logits.gather(1, place)[:, 0], at_target)
+            before, top = top, torch.maximum(top, logits.amax(dim=1))
+            shift = before - top
+            mass = logits.sub_(top[:, None])
+            if scores.entropy:
+                mass = logits.exp()
+                moment = (moment + total * shift) * shift.exp() + (mass * logits).sum(dim=1)
+            else:
+                mass.exp_()
+            total = total * shift.exp() + mass.sum(dim=1)
+        rest = total.log()
+        normaliser, entropy = top + rest, rest - moment / total
+        ctx.scores = scores
+        ctx.save_for_backward(hidden, weight, normaliser, entropy)
+        if not scores.entropy:
+            ctx.mark_non_differentiable(entropy)
+        return at_target - normaliser, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        hidden, weight, normaliser, entropy = ctx.saved_tensors
+        moving = torch.stack(gradients).ne(0).any(dim=0).nonzero()[:, 0]
+        scores: TokenScores = ctx.scores
+        states, targets = hidden[moving], scores.targets[moving]
+        by_logp, by_entropy = (gradient[moving, None] for gradient in gradients)
+        normaliser, entropy = normaliser[moving, None], entropy[moving, None]
+        # Added up over the tiles: in float32, whatever the dtype of the states.
+        by_states = torch.zeros_like(states, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        by_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
+        for rows, logits in scores.tiles(states, weight):
+            logp = logits.sub_(normaliser)
+            if scores.entropy:
+                prob = logp.exp()
+                by_logits = logp.add_(entropy).mul_(by_entropy).add_(by_logp).mul_(prob).neg_()
+            else:
+                by_logits = logp.exp_().mul_(-by_logp)
+            place, inside = _places(targets, rows)
+            by_logits.scatter_add_(1, place, by_logp * inside[:, None])
+            by_logits = by_logits.to(weight.dtype)
+            if by_states is not None and by_states.dtype == weight.dtype:
+                by_states.addmm_(by_logits, weight[rows])
+            elif by_states is not None:
+                by_states += by_logits @ weight[rows]
+            if by_weight is not None:
+                torch.mm(by_logits.t(), states, out=by_weight[rows])
+        by_hidden = None
+        if by_states is not None:
+            by_hidden = torch.zeros_like(hidden).index_copy_(0, moving, by_states.to(hidden.dtype))
+        return None, by_hidden, by_weight
+
+
+def _places(targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """[m,1] places of tokens in a tile, and [m] bool, whether they are in it at all."""
+    place = targets - rows.start
+    width = rows.stop - rows.start
+    return place.clamp(0, width - 1)[:, None], (place >= 0) & (place < width)
