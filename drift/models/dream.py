@@ -6,14 +6,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from drift.contract import ConfigError
 from drift.models.base import DiffusionLM
 from drift.models.head import VocabHead
 from drift.models.inspection import require_sizes, require_values
-from drift.models.layers import Block, KeyValueCache, RMSNorm, default_positions, rotate
+from drift.models.layers import Block, KeyValueCache, RMSNorm, default_positions, gated, rotate
 
 
 class DreamConfig(PreTrainedConfig):
@@ -118,7 +117,7 @@ class DreamMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the layer adds to the residual stream, [B,l,D]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class DreamBlock(Block):

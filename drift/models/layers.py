@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache as memoized
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,9 +93,50 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The normalised input, in its own dtype."""
+        return cast(Tensor, _Norm.apply(x, self.weight, self.eps))
+
+
+class _Norm(torch.autograd.Function):
+    """Keeps the input and one number a position: what autograd would keep is twice that, or more."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         full = x.float()
-        full = full * torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * full.to(x.dtype)
+        scale = torch.rsqrt(full.square().mean(dim=-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        full = full * scale  # what was cast is gone
+        return weight * full.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        x, weight, scale = ctx.saved_tensors
+        gradient, normed = gradients[0].float(), x.float() * scale
+        slopes = gradient * normed
+        by_weight = slopes.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        along = (slopes @ weight.float())[..., None] / x.shape[-1]
+        del slopes
+        gradient = gradient * weight
+        return gradient.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), by_weight, None
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the gated linear unit of both families (Shazeer, arXiv 2002.05202)."""
+    return cast(Tensor, _Gated.apply(gate, up))
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps what it is given alone."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
+        gate, up = ctx.saved_tensors
+        by_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)
+        return by_gate, F.silu(gate).mul_(gradients[0])
 
 
 def default_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from drift.contract import ConfigError
 from drift.models.base import DiffusionLM
 from drift.models.head import VocabHead
 from drift.models.inspection import require_sizes, require_values
-from drift.models.layers import Block, KeyValueCache, RMSNorm, default_positions, rotate
+from drift.models.layers import Block, KeyValueCache, RMSNorm, default_positions, gated, rotate
 
 
 class LLaDAConfig(PreTrainedConfig):
@@ -120,7 +119,7 @@ class LLaDABlock(Block):
         """The residual stream after attention and feed-forward layer; see `Block.finish`."""
         x = x + self.attn_out(mixed)
         h = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
+        return x + self.ff_out(gated(self.ff_proj(h), self.up_proj(h)))
 
 
 class LLaDA(DiffusionLM):

@@ -77,7 +77,7 @@ def saved_after_mixing(sizes: PolicySizes, numbers: Numbers, rank: int) -> int:
     """The rest of `saved_by_block`, which the last block needs at the scored positions alone."""
     width, compute, entering = sizes.width, numbers.compute, _entering(numbers)
     inputs = (1 if _shared(numbers) else 2) * entering * width
-    feed_forward = compute * 3 * sizes.mlp_width + entering * sizes.mlp_width
+    feed_forward = compute * 2 * sizes.mlp_width + entering * sizes.mlp_width
     extra = 0
     if numbers.adapter is not None:
         # Adapters take a cast copy of the mixture where it is not float32 already.
@@ -86,8 +86,7 @@ def saved_after_mixing(sizes: PolicySizes, numbers: Numbers, rank: int) -> int:
 
 
 def _saved_by_norm(sizes: PolicySizes, numbers: Numbers) -> int:
-    trained = numbers.residual * sizes.width if numbers.adapter is None else 0
-    return FULL * sizes.width + FULL + trained
+    return numbers.residual * sizes.width + FULL
 
 
 def _entering(numbers: Numbers) -> int:

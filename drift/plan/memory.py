@@ -209,6 +209,8 @@ def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
     norm = scored * saved_by_last_norm(policy, numbers)
     scored_states = 2 * scored * numbers.residual * policy.width  # and their gradients
     around = positions * saved_by_table(policy) + norm + scored_states
+    # The noisy states, and the copy that is fed: ids, targets and masks.
+    around += 2 * (positions * (8 + 1) + scored * (8 + 2))
     head = training_head(policy, numbers, scored)
     gradient = numbers.compute + (FULL if numbers.cast else 0)
     weight = gradient * policy.width * policy.mlp_width if numbers.adapter is None else 0

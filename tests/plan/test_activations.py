@@ -88,12 +88,12 @@ def test_what_a_block_keeps_is_counted_to_the_byte(
 def test_what_a_block_keeps_worked_by_hand(make):
     sizes = sizes_of(make("float32"), "")
     full = Numbers.of_policy(PlanSettings(policy=sizes))
-    # float32, D = K = 64, M = 192, 4 heads. Two norms: input, normed, 1/rms. Then the two results of norms
-    # that the linear layers share, q, k, v, mixture, 4 normalisers, mask, and gate, its silu, up, product.
-    assert saved_by_block(sizes, full) == 4 * (2 * (2 * 64 + 1) + 2 * 64 + 4 * 64 + 4 + 1 + 4 * 192)
+    # float32, D = K = 64, M = 192, 4 heads. Two norms: input, 1/rms. Then the two results of norms that the
+    # linear layers share, q, k, v, mixture, 4 normalisers, mask, and gate, up, product.
+    assert saved_by_block(sizes, full) == 4 * (2 * (64 + 1) + 2 * 64 + 4 * 64 + 4 + 1 + 3 * 192)
     mixed = Numbers.of_policy(PlanSettings(policy=sizes, precision="bf16-mixed"))
     # The norms stay float32; each of five layers casts its own input.
-    assert saved_by_block(sizes, mixed) == 8 * (2 * 64 + 1) + 2 * (5 * 64 + 4 * 64 + 1 + 4 * 192) + 16
+    assert saved_by_block(sizes, mixed) == 8 * (64 + 1) + 2 * (5 * 64 + 4 * 64 + 1 + 3 * 192) + 16
 
 
 def noisy(states: int, prompt: int, completion: int) -> MaskedBatch:

@@ -43,7 +43,7 @@ def test_a_run_that_fits_is_told_its_room(known_8b):
 def test_a_run_that_does_not_is_told_what_to_change(known_8b):
     settings = known_8b()
     plan = plan_memory(settings)
-    text = report(plan, 80 * GIB, advice(settings, 80 * GIB))
+    text = report(plan, 70 * GIB, advice(settings, 70 * GIB))
     assert f"DOES NOT FIT: the peak is {plan.peak / GIB:.1f} GiB" in text
     lora = next(line for line in text.splitlines() if "--model.lora.rank 16 " in line)
     with_lora = plan_memory(replace(settings, lora_rank=16)).peak
