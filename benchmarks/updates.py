@@ -38,6 +38,7 @@ class Case:
     name: str
     rows: int = 8
     prompts: tuple[int, int] = (64, 64)  # shortest and longest, evenly spread
+    equal: int | None = None  # also time prompts that all have this length
     completion: int = 128
     timesteps: tuple[int, ...] = (2, 6, 10, 14)
     spread: int = 1  # one group in this many has rewards that differ
