@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from drift.models.base import ILLEGAL_LOGIT
 
 # Logits of a tile: on a CPU as many as its cache holds, elsewhere enough to keep the device busy.
 _TILE_ON_CPU, _TILE_ELSEWHERE = 2**21, 2**26
 _LEAST_WIDTH = 512
+# Kernels like rows that begin at multiples of this.
+_STRIDE = 128
 
 
 def tile_width(num_states: int, vocab_rows: int, *, on_cpu: bool = False) -> int:
@@ -30,7 +34,7 @@ def tile_width(num_states: int, vocab_rows: int, *, on_cpu: bool = False) -> int
         on_cpu: whether they are scored there.
     """
     size = _TILE_ON_CPU if on_cpu else _TILE_ELSEWHERE
-    return min(max(size // max(num_states, 1), _LEAST_WIDTH), vocab_rows)
+    return min(max(size // max(num_states, 1) // _STRIDE * _STRIDE, _LEAST_WIDTH), vocab_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +58,25 @@ class TokenScores:
         logp, entropy = _Scores.apply(self, hidden, weight)  # pyright: ignore[reportGeneralTypeIssues]
         return (logp, entropy) if self.entropy else (logp,)
 
-    def tiles(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The rows of the weight in each tile and its [m,w] float32 logits, which may be overwritten."""
+    def tiles(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The rows of the weight in each tile, its [m,w] float32 logits, and as many of the states' dtype.
+
+        All may be overwritten; the last two are one where the states are float32.
+        """
         num_states, vocab_rows = len(hidden), len(weight)
         on_cpu = hidden.device.type == "cpu"
         width = min(self.width or tile_width(num_states, vocab_rows, on_cpu=on_cpu), vocab_rows)
         # The same memory for every tile: new memory costs time.
         memory = hidden.new_empty(num_states * width)
+        full = memory if memory.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
         for first in range(0, vocab_rows, width):
             part = weight[first : first + width]
-            logits = memory[: num_states * len(part)].view(num_states, len(part))
-            logits = torch.mm(hidden, part.t(), out=logits).float()
-            illegal = [token - first for token in self.illegal if first <= token < first + len(part)]
-            if illegal:
-                logits.index_fill_(1, torch.tensor(illegal, device=logits.device), ILLEGAL_LOGIT)
-            yield slice(first, first + len(part)), logits
+            spare, logits = (t[: num_states * len(part)].view(num_states, len(part)) for t in (memory, full))
+            torch.mm(hidden, part.t(), out=spare)
+            logits.copy_(spare)
+            for start, stop in _runs(self.illegal):
+                logits[:, max(start - first, 0) : max(stop - first, 0)] = ILLEGAL_LOGIT
+            yield slice(first, first + len(part)), logits, spare
 
 
 class _Scores(torch.autograd.Function):
@@ -80,18 +88,17 @@ class _Scores(torch.autograd.Function):
         top, at_target = torch.full_like(blank, torch.finfo(torch.float32).min), blank
         # Of exp(logit - top), over the tiles so far: the sum, and that of it times (logit - top).
         total, moment = blank, blank
-        for rows, logits in scores.tiles(hidden, weight):
+        for rows, logits, _ in scores.tiles(hidden, weight):
             place, inside = _places(scores.targets, rows)
             at_target = torch.where(inside, logits.gather(1, place)[:, 0], at_target)
             before, top = top, torch.maximum(top, logits.amax(dim=1))
             shift = before - top
-            mass = logits.sub_(top[:, None])
+            distance = logits.sub_(top[:, None])
+            mass = distance.exp() if scores.entropy else distance.exp_()
+            before, total = total, total * shift.exp() + mass.sum(dim=1)
             if scores.entropy:
-                mass = logits.exp()
-                moment = (moment + total * shift) * shift.exp() + (mass * logits).sum(dim=1)
-            else:
-                mass.exp_()
-            total = total * shift.exp() + mass.sum(dim=1)
+                moment = (moment + before * shift) * shift.exp() + mass.mul_(distance).sum(dim=1)
+            del mass  # before the next tile
         rest = total.log()
         normaliser, entropy = top + rest, rest - moment / total
         ctx.scores = scores
@@ -101,6 +108,7 @@ class _Scores(torch.autograd.Function):
         return at_target - normaliser, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         hidden, weight, normaliser, entropy = ctx.saved_tensors
         moving = torch.stack(gradients).ne(0).any(dim=0).nonzero()[:, 0]
@@ -111,16 +119,17 @@ class _Scores(torch.autograd.Function):
         # Added up over the tiles: in float32, whatever the dtype of the states.
         by_states = torch.zeros_like(states, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         by_weight = torch.empty_like(weight) if ctx.needs_input_grad[2] else None
-        for rows, logits in scores.tiles(states, weight):
+        for rows, logits, spare in scores.tiles(states, weight):
             logp = logits.sub_(normaliser)
             if scores.entropy:
                 prob = logp.exp()
                 by_logits = logp.add_(entropy).mul_(by_entropy).add_(by_logp).mul_(prob).neg_()
+                del prob
             else:
                 by_logits = logp.exp_().mul_(-by_logp)
             place, inside = _places(targets, rows)
             by_logits.scatter_add_(1, place, by_logp * inside[:, None])
-            by_logits = by_logits.to(weight.dtype)
+            by_logits = spare.copy_(by_logits)
             if by_states is not None and by_states.dtype == weight.dtype:
                 by_states.addmm_(by_logits, weight[rows])
             elif by_states is not None:
@@ -138,3 +147,9 @@ def _places(targets: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     place = targets - rows.start
     width = rows.stop - rows.start
     return place.clamp(0, width - 1)[:, None], (place >= 0) & (place < width)
+
+
+def _runs(ids: list[int]) -> list[tuple[int, int]]:
+    """Neighbours among ids in ascending order, as (first, last + 1): slices need no copy to the device."""
+    edges = [at for at in range(1, len(ids)) if ids[at] != ids[at - 1] + 1]
+    return [(ids[start], ids[stop - 1] + 1) for start, stop in pairwise([0, *edges, len(ids)]) if ids]

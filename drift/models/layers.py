@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -108,12 +109,14 @@ class _Norm(torch.autograd.Function):
         return weight * full.to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         x, weight, scale = ctx.saved_tensors
         gradient, normed = gradients[0].float(), x.float() * scale
         slopes = gradient * normed
         by_weight = slopes.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        along = (slopes @ weight.float())[..., None] / x.shape[-1]
+        # No matrix product: autocast would make it one of low precision.
+        along = slopes.mul_(weight).mean(dim=-1, keepdim=True)
         del slopes
         gradient = gradient * weight
         return gradient.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), by_weight, None
@@ -133,6 +136,7 @@ class _Gated(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore
         gate, up = ctx.saved_tensors
         by_gate = torch.ops.aten.silu_backward(gradients[0] * up, gate)

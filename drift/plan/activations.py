@@ -136,29 +136,35 @@ def forward_work(sizes: PolicySizes, numbers: Numbers) -> int:
     return table + projections + max(attention, feed_forward)
 
 
-def training_head(sizes: PolicySizes, numbers: Numbers, states: int) -> int:
+def training_head(sizes: PolicySizes, numbers: Numbers, states: int, *, entropy: bool = False) -> int:
     """Bytes that the head needs at its peak, in the backward pass of one tile of the vocabulary.
 
     Args:
         sizes: of the policy.
         numbers: bytes of a number.
         states: scored positions in all.
+        entropy: whether entropies are computed.
     """
     logits = states * tile_width(states, sizes.vocab_rows)
     copy = 2 * sizes.num_head if numbers.cast else 0
-    # Logits, which become their own gradient; in low precision as they come, in float32, and as they go.
-    at_logits = (FULL if numbers.compute == FULL else FULL + 2 * numbers.compute) * logits
+    # Logits, which become their own gradient; in low precision as they come and go, and in float32.
+    at_logits = (_of_logit(numbers) + FULL * entropy) * logits
     if numbers.adapter is not None:
         return copy + at_logits
     gradient = numbers.compute * sizes.num_head
-    return copy + gradient + max(at_logits, FULL * sizes.num_head if numbers.cast else 0)
+    # The copy is gone when its gradient becomes the weight's.
+    return gradient + max(copy + at_logits, FULL * sizes.num_head if numbers.cast else 0)
 
 
-def scoring_head(sizes: PolicySizes, numbers: Numbers, states: int) -> int:
-    """Bytes that the head needs to score without a graph: logits, in low precision once more in float32."""
+def scoring_head(sizes: PolicySizes, numbers: Numbers, states: int, *, entropy: bool = False) -> int:
+    """Bytes that the head needs to score without a graph; see `training_head`."""
     copy = 2 * sizes.num_head if numbers.cast else 0
-    size = FULL if numbers.compute == FULL else FULL + numbers.compute
-    return copy + size * states * tile_width(states, sizes.vocab_rows)
+    logits = states * tile_width(states, sizes.vocab_rows)
+    return copy + (_of_logit(numbers) + FULL * entropy) * logits
+
+
+def _of_logit(numbers: Numbers) -> int:
+    return FULL if numbers.compute == FULL else FULL + numbers.compute
 
 
 def sampling_head(sizes: PolicySizes, config: DenoiseConfig, rows: int, chunk: int) -> int:

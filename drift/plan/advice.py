@@ -153,7 +153,7 @@ def _no_reference(settings: PlanSettings) -> Iterator[Option]:
 
 
 def _micro_batches(settings: PlanSettings) -> Iterator[Option]:
-    for halvings, size in enumerate(_halves(settings.micro_batch_size), start=1):
+    for halvings, size in enumerate(_halves(settings.num_states), start=1):
         yield Option(
             flags=f"--model.micro_batch_size {size}",
             cost="same result, more passes",

@@ -55,8 +55,8 @@ class MemoryPlan:
     gathered_update: int  # whole blocks and head, where each rank has a part of the policy
     gathered_rollout: int  # the whole policy, or two blocks and what is outside them
     activations: int  # saved for backward, of one micro-batch
-    head_update: int  # the chunk of logits in the backward pass
-    working_update: int  # what another moment of the update needs beyond the chunk of logits
+    head_update: int  # what the head needs in the backward pass: a tile of logits, and its gradient
+    working_update: int  # what another moment of the update needs beyond that
     step_temporaries: int  # of the optimizer
     cache: int  # keys and values, of the longest prefix
     head_rollout: int  # the chunk of logits
@@ -197,10 +197,10 @@ def _outside(sizes: PolicySizes) -> int:
 
 
 def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
-    """Saved activations; the head's chunk; what another moment needs beyond it."""
+    """Saved activations; what the head needs; what another moment needs beyond it."""
     policy = settings.policy
-    positions = settings.micro_batch_size * settings.length
-    scored = settings.micro_batch_size * min(settings.completion_length, settings.length)
+    positions = settings.num_states * settings.length
+    scored = settings.num_states * min(settings.completion_length, settings.length)
     rank = settings.lora_rank or 0
     before = positions * saved_before_mixing(policy, numbers, rank, padded=True)
     block = before + positions * saved_after_mixing(policy, numbers, rank)
@@ -211,7 +211,8 @@ def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
     around = positions * saved_by_table(policy) + norm + scored_states
     # The noisy states, and the copy that is fed: ids, targets and masks.
     around += 2 * (positions * (8 + 1) + scored * (8 + 2))
-    head = training_head(policy, numbers, scored)
+    entropy = settings.entropy_coeff != 0
+    head = training_head(policy, numbers, scored, entropy=entropy)
     gradient = numbers.compute + (FULL if numbers.cast else 0)
     weight = gradient * policy.width * policy.mlp_width if numbers.adapter is None else 0
     work = block_backward(policy, numbers)
@@ -229,7 +230,7 @@ def _update(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
         in_other = positions * work + weight + block + again - norm - scored_states
         if numbers.adapter is None:
             # The copies of all weights are there until the forward pass ends.
-            moments.append(copies + scoring_head(policy, numbers, scored))
+            moments.append(copies + scoring_head(policy, numbers, scored, entropy=entropy))
     moments += [in_last, in_other]
     if settings.beta > 0:
         moments.append(_reference_pass(settings, numbers, positions, scored))

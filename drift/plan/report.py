@@ -43,7 +43,7 @@ def _head(settings: PlanSettings) -> Iterator[str]:
 def _table(plan: MemoryPlan) -> Iterator[str]:
     settings = plan.settings
     trained, policy = _TYPES[settings.trained_bytes], settings.policy
-    states = f"{settings.micro_batch_size} states x {settings.length} positions"
+    states = f"{settings.num_states} states x {settings.length} positions"
     if settings.activation_checkpointing:
         states += ", the blocks' inputs only"
     gathered = "head and blocks at work" + "; in a rollout all" * settings.gather_for_rollout

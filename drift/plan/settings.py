@@ -23,6 +23,7 @@ class PlanSettings:
         policy: sizes of model.policy.
         reference: sizes of model.reference; None: the policy as it was at the start.
         beta: model.loss.beta; a reference exists only where it is > 0.
+        entropy_coeff: model.loss.entropy_coeff; entropies are computed only where it is not 0.
         dtype: model.dtype, `float32` or `bfloat16`.
         precision: trainer.precision: `32-true`, `bf16-mixed` or `bf16-true`.
         master_weights: model.optimizer.master_weights.
@@ -31,6 +32,7 @@ class PlanSettings:
         lora_targets: model.lora.targets.
         num_updates: model.num_updates.
         micro_batch_size: model.micro_batch_size, noisy states.
+        micro_batch_tokens: model.micro_batch_tokens, positions; None: any number.
         max_prompt_length: data.max_prompt_length, tokens.
         prompts_per_step: data.prompts_per_step, over all ranks.
         evaluation_batch_size: data.evaluation_batch_size, rows on each rank.
@@ -51,6 +53,7 @@ class PlanSettings:
     policy: PolicySizes
     reference: PolicySizes | None = None
     beta: float = 0.0
+    entropy_coeff: float = 0.0
     dtype: str = "float32"
     precision: str = "32-true"
     master_weights: bool = False
@@ -59,6 +62,7 @@ class PlanSettings:
     lora_targets: tuple[str, ...] | None = None
     num_updates: int = 1
     micro_batch_size: int = 64
+    micro_batch_tokens: int | None = None
     max_prompt_length: int = 1024
     prompts_per_step: int = 8
     evaluation_batch_size: int = 64
@@ -76,6 +80,7 @@ class PlanSettings:
         for key, value in (
             ("model.num_updates", self.num_updates),
             ("model.micro_batch_size", self.micro_batch_size),
+            ("model.micro_batch_tokens", self.micro_batch_tokens),
             ("model.lora.rank", self.lora_rank),
             ("data.max_prompt_length", self.max_prompt_length),
             ("data.prompts_per_step", self.prompts_per_step),
@@ -119,6 +124,13 @@ class PlanSettings:
             )
         self.decode.require_fits(self.completion_length)
         self.evaluation.require_fits(self.evaluation_length or self.completion_length)
+
+    @cached_property
+    def num_states(self) -> int:
+        """Noisy states of a micro-batch, where all prompts have the greatest length."""
+        tokens = self.micro_batch_tokens
+        fit = self.micro_batch_size if tokens is None else max(tokens // self.length, 1)
+        return min(self.micro_batch_size, fit)
 
     @cached_property
     def sharded(self) -> bool:

@@ -43,6 +43,23 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype):
     require_equal(ours, formula, *inputs(shape, (16,), dtype=dtype))
 
 
+def test_the_gradient_of_a_norm_is_float32_within_autocast_too():
+    """Backward passes of manual optimisation run there."""
+    norm, (x,) = RMSNorm(16, 1e-5), inputs((64, 16), dtype=torch.float32)
+    slopes = torch.linspace(-1, 2, 16)
+    (outside,) = torch.autograd.grad((norm(x) * slopes).sum(), x)
+    with torch.autocast("cpu", torch.bfloat16):
+        (inside,) = torch.autograd.grad((norm(x) * slopes).sum(), x)
+    torch.testing.assert_close(inside, outside)
+
+
+def test_second_derivatives_are_refused():
+    norm, (x,) = RMSNorm(16, 1e-5), inputs((4, 16), dtype=torch.float32)
+    (slope,) = torch.autograd.grad(gated(norm(x), x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gated(dtype: torch.dtype):
     require_equal(gated, lambda gate, up: F.silu(gate) * up, *inputs((3, 5, 16), (3, 5, 16), dtype=dtype))

@@ -163,6 +163,34 @@ def test_an_update_needs_what_is_planned(make, meter, dtype, precision, changes,
 
 
 @pytest.mark.parametrize(("dtype", "precision"), NUMBERS)
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("tile", [2**17, 2**26])
+def test_a_large_vocabulary_needs_what_is_planned(make, meter, monkeypatch, dtype, precision, entropy, tile):
+    """In one tile, and in several: none of them is there any more when the next one is."""
+    monkeypatch.setattr("drift.token_scores._TILE_ON_CPU", tile)
+    monkeypatch.setattr("drift.token_scores._TILE_ELSEWHERE", tile)
+    policy = make(dtype, n_layers=1, vocab_size=8192)
+    for parameter in policy.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with meter([*policy.parameters(), *(p.grad for p in policy.parameters())]) as found:
+        with autocast(precision):
+            scores = token_logprobs(policy, noisy(4, 16, 32), entropy=entropy)
+        (scores.logp.sum() + (scores.entropy.sum() if entropy else 0)).backward()
+    settings = PlanSettings(
+        policy=sizes_of(policy, ""),
+        dtype=dtype,
+        precision=precision,
+        entropy_coeff=0.1 * entropy,
+        micro_batch_size=4,
+        max_prompt_length=16,
+        completion_length=32,
+    )
+    plan = plan_memory(settings)
+    planned = plan.cast_update + plan.activations + plan.head_update + plan.working_update
+    assert 0.97 < planned / found.peak < 1.1
+
+
+@pytest.mark.parametrize(("dtype", "precision"), NUMBERS)
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_an_update_of_adapters_needs_what_is_planned(make, meter, dtype, precision, recomputed):
     peft = pytest.importorskip("peft")

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from drift.contract import ConfigError
 from drift.models import LoRAConfig
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig, build_optimizer
@@ -213,3 +214,13 @@ def test_an_8b_policy_needs_what_the_readme_says(num_gpus: int, known_8b: Callab
     assert states == 20 * 8_015_581_184
     # 2 x 32 layers x 4096 wide x 1280 positions x rows, bfloat16.
     assert plan.cache == 2 * 32 * 4096 * 1280 * (32 if num_gpus == 1 else 16) * 2
+
+
+def test_a_budget_of_positions_bounds_the_noisy_states_of_a_micro_batch(settings: PlanSettings):
+    length = settings.length
+    bounded = replace(settings, micro_batch_size=64, micro_batch_tokens=3 * length + 1)
+    assert plan_memory(bounded).activations == plan_memory(replace(settings, micro_batch_size=3)).activations
+    assert replace(settings, micro_batch_size=64, micro_batch_tokens=1).num_states == 1
+    assert replace(settings, micro_batch_size=2, micro_batch_tokens=100 * length).num_states == 2
+    with pytest.raises(ConfigError, match="micro_batch_tokens is 0"):
+        replace(settings, micro_batch_tokens=0)
