@@ -67,7 +67,9 @@ def test_a_sound_policy_is_trained_and_left_in_train_mode(go, tiny_folder: Path,
 
 def test_padding_that_the_attention_reads_stops_training(go, tiny_folder: Path, monkeypatch):
     whole = LLaDA.forward
-    monkeypatch.setattr(LLaDA, "forward", lambda self, ids, mask=None, *rest: whole(self, ids, None, *rest))
+    monkeypatch.setattr(
+        LLaDA, "forward", lambda self, ids, mask=None, *rest, **more: whole(self, ids, None, *rest, **more)
+    )
     with pytest.raises(ConfigError, match=r"padding: .*the attention reads padding"):
         go(tiny_folder)
 
