@@ -139,8 +139,8 @@ def _ratios_and_growth(found: Mapping[str, Sequence[Mapping[str, Any]]], figure:
     left.set_xlabel("times as fast as the baseline")
     left.invert_yaxis()
     rows = [*found["grid"], *found["growth"]]
-    right.plot([row["tokens/s"] for row in rows], "o-", label="drift")
-    right.plot([row["plain tokens/s"] for row in rows], "o-", label="baseline")
+    right.plot([row["tokens/s"] for row in rows], "o", label="drift")
+    right.plot([row["plain tokens/s"] for row in rows], "o", label="baseline")
     right.set_xticks(range(len(rows)), [row["case"] for row in rows], rotation=90, fontsize=7)
     right.set_ylabel("tokens/s")
     right.set_yscale("log")

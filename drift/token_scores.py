@@ -71,9 +71,11 @@ class TokenScores:
         full = memory if memory.dtype == torch.float32 else torch.empty_like(memory, dtype=torch.float32)
         for first in range(0, vocab_rows, width):
             part = weight[first : first + width]
-            spare, logits = (t[: num_states * len(part)].view(num_states, len(part)) for t in (memory, full))
+            size = num_states * len(part)
+            logits = spare = memory[:size].view(num_states, len(part))
             torch.mm(hidden, part.t(), out=spare)
-            logits.copy_(spare)
+            if full is not memory:
+                logits = full[:size].view(num_states, len(part)).copy_(spare)
             for start, stop in _runs(self.illegal):
                 logits[:, max(start - first, 0) : max(stop - first, 0)] = ILLEGAL_LOGIT
             yield slice(first, first + len(part)), logits, spare
@@ -129,7 +131,7 @@ class _Scores(torch.autograd.Function):
                 by_logits = logp.exp_().mul_(-by_logp)
             place, inside = _places(targets, rows)
             by_logits.scatter_add_(1, place, by_logp * inside[:, None])
-            by_logits = spare.copy_(by_logits)
+            by_logits = spare.copy_(by_logits)  # nothing to do where they are one
             if by_states is not None and by_states.dtype == weight.dtype:
                 by_states.addmm_(by_logits, weight[rows])
             elif by_states is not None:
