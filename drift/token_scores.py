@@ -93,13 +93,14 @@ class _Scores(torch.autograd.Function):
         for rows, logits, _ in scores.tiles(hidden, weight):
             place, inside = _places(scores.targets, rows)
             at_target = torch.where(inside, logits.gather(1, place)[:, 0], at_target)
-            before, top = top, torch.maximum(top, logits.amax(dim=1))
-            shift = before - top
+            highest = torch.maximum(top, logits.amax(dim=1))
+            shift, top = top - highest, highest
             distance = logits.sub_(top[:, None])
             mass = distance.exp() if scores.entropy else distance.exp_()
-            before, total = total, total * shift.exp() + mass.sum(dim=1)
+            here = mass.sum(dim=1)
             if scores.entropy:
-                moment = (moment + before * shift) * shift.exp() + mass.mul_(distance).sum(dim=1)
+                moment = (moment + total * shift) * shift.exp() + mass.mul_(distance).sum(dim=1)
+            total = total * shift.exp() + here
             del mass  # before the next tile
         rest = total.log()
         normaliser, entropy = top + rest, rest - moment / total

@@ -245,7 +245,9 @@ def _reference_pass(settings: PlanSettings, numbers: Numbers, positions: int, sc
     layer = 2 * sizes.width * sizes.mlp_width if numbers.cast else 0
     body = positions * forward_work(sizes, numbers) + layer
     states = positions * numbers.residual * sizes.width
-    return max(body, states + scoring_head(sizes, numbers, scored))
+    # Entropies of the policy are compared with the reference's.
+    entropy = settings.entropy_coeff != 0
+    return max(body, states + scoring_head(sizes, numbers, scored, entropy=entropy))
 
 
 def _rollout(settings: PlanSettings, numbers: Numbers) -> tuple[int, int, int]:
