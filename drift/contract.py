@@ -10,7 +10,7 @@ A *timestep* is a denoising step of a rollout, a *step* is an optimizer step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -32,6 +32,11 @@ def require(settings: object, good: bool, key: str, fix: str) -> None:
     """
     if not good:
         raise ConfigError(f"{key} is {getattr(settings, key)!r}: {fix}")
+
+
+# How a position was committed: by a rule that leaves no choice, by a draw of its own, or because no draw of the
+# block's committed anything.
+CERTAIN, DRAWN, FALLBACK = 0, 1, 2
 
 
 class StorageError(RuntimeError):
@@ -101,6 +106,9 @@ class Rollout:
     token_probs: Tensor | None = None  # [N,C] float32, probability of the token when it was committed
     commit_probs: Tensor | None = None  # [N,C] float32, what token_probs was at the rollout; never refreshed
     num_timesteps: Tensor | None = None  # [N] int64, the row's timesteps that committed something: its S
+    commit_kind: Tensor | None = None  # [N,C] int64: CERTAIN, DRAWN or FALLBACK; None: chance had no part in it
+    commit_rule: Tensor | None = None  # [N,2] float32, threshold and width of the draws of commits
+    block_length: int = 0  # positions of a block; 0: unknown
     num_forwards: int = 0  # forward passes of the policy that the rollout took
     scores: Tensor | None = None  # [N,R] float32, what each reward part gave, the task's own first
     reward_names: tuple[str, ...] = ()  # [R] what the parts are logged as
@@ -137,6 +145,8 @@ class TimestepPlan:
     current: Tensor  # [K,N,C] bool, positions committed at that very timestep
     weight: Tensor  # [K,N] float32, of the noisy state in the estimate; 0 where the row has no such timestep
     replay: bool = False  # whether the policy saw these very states when it committed the current positions
+    current_only: bool = False  # whether the current tokens alone are learned from
+    num_timesteps: Tensor | None = None  # [N] int64, timesteps that the row's draws stand for; None: one
 
 
 @dataclass(kw_only=True, slots=True)
@@ -155,6 +165,10 @@ class MaskedBatch:
     advantages: Tensor  # [M] float32
     num_slots: int  # K of the plan, counted up to the last draw that has a state
     commit_logp: Tensor | None = None  # [M,C] float32 nats, the rollout's, at `current`; 0 elsewhere
+    num_timesteps: Tensor | None = None  # [M] float32, timesteps that the row's draws stand for; None: one
+    # [M,C] int64, what a draw decided at the position: 1 commit, -1 stay masked, 0 no draw; None: none anywhere
+    decision: Tensor | None = None
+    commit_rule: Tensor | None = None  # [M,2] float32, threshold and width of the draws of commits
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -177,12 +191,23 @@ class TokenLogProbs:
 
     logp: Tensor  # [M,C] float32 nats, 0 where not scored
     entropy: Tensor | None = None  # [M,C] float32 nats, 0 where not scored; None where nobody asked
+    top: Tensor | None = None  # [M,C] float32 nats, of the likeliest token where a draw decided; 0 elsewhere
 
     def detach(self) -> TokenLogProbs:
         """The same numbers without their graph."""
-        return TokenLogProbs(
-            logp=self.logp.detach(), entropy=None if self.entropy is None else self.entropy.detach()
-        )
+        return self._map(Tensor.detach)
+
+    def select(self, states: Tensor) -> TokenLogProbs:
+        """Those of some of the noisy states.
+
+        Args:
+            states: [m] int64 state indices.
+        """
+        return self._map(lambda value: value[states])
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TokenLogProbs:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return TokenLogProbs(**{k: None if value is None else function(value) for k, value in values.items()})
 
 
 @dataclass(kw_only=True, slots=True)

@@ -64,6 +64,7 @@ def sequential_plan(rollout: Rollout, timesteps: Tensor, weight: Tensor) -> Time
         current=(rollout.step_map == timesteps[:, :, None]) & real,
         weight=weight,
         replay=True,
+        num_timesteps=candidates(rollout).sum(dim=1),
     )
 
 
