@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+Baseline = Literal["group_std", "group_mean", "leave_one_out"]
 
 MIN_STD = 1e-2
 
 
-def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """(reward - group mean) / max(group's sample standard deviation, 0.01).
+def group_advantages(rewards: Tensor, group_size: int, baseline: Baseline = "group_std") -> Tensor:
+    """How much better than its group each completion did; a group without spread gets 0.
 
-    The floor keeps groups of nearly equal rewards from being blown up; a group without spread gets 0.
+    `group_std` is (reward - group mean) / max(group's sample standard deviation, 0.01): the floor keeps
+    groups of nearly equal rewards from being blown up. `group_mean` is reward - group mean (Dr. GRPO, arXiv
+    2503.20783), which keeps the size of rewards; `leave_one_out` is reward - mean of the others (RLOO, arXiv
+    2402.14740), unbiased: a completion has no part in its own baseline.
 
     Args:
         rewards: [N] float, groups one after the other.
         group_size: completions of a prompt, >= 2.
+        baseline: see above.
 
     Returns:
         [N] float32.
     """
     groups = rewards.float().unflatten(0, (-1, group_size))
     centred = groups - groups.mean(dim=1, keepdim=True)
-    scaled = centred / groups.std(dim=1, keepdim=True).clamp(min=MIN_STD)
+    scale = {
+        "group_std": lambda: 1 / groups.std(dim=1, keepdim=True).clamp(min=MIN_STD),
+        "group_mean": lambda: 1.0,
+        "leave_one_out": lambda: group_size / (group_size - 1),
+    }
+    scaled = centred * scale[baseline]()
     # The mean of equal numbers is rounded; AdamW would make whole steps of what is left over.
     return scaled.masked_fill(~_differs(groups)[:, None], 0.0).flatten()
 

@@ -34,8 +34,8 @@ def require(settings: object, good: bool, key: str, fix: str) -> None:
         raise ConfigError(f"{key} is {getattr(settings, key)!r}: {fix}")
 
 
-# How a position was committed: by a rule that leaves no choice, by a draw of its own, or because no draw of the
-# block's committed anything.
+# How a position was committed: by a rule that leaves no choice, by a draw of its own, or because none of the
+# block's draws committed anything.
 CERTAIN, DRAWN, FALLBACK = 0, 1, 2
 
 
@@ -106,7 +106,7 @@ class Rollout:
     token_probs: Tensor | None = None  # [N,C] float32, probability of the token when it was committed
     commit_probs: Tensor | None = None  # [N,C] float32, what token_probs was at the rollout; never refreshed
     num_timesteps: Tensor | None = None  # [N] int64, the row's timesteps that committed something: its S
-    commit_kind: Tensor | None = None  # [N,C] int64: CERTAIN, DRAWN or FALLBACK; None: chance had no part in it
+    commit_kind: Tensor | None = None  # [N,C] int64: CERTAIN, DRAWN or FALLBACK; None: all are CERTAIN
     commit_rule: Tensor | None = None  # [N,2] float32, threshold and width of the draws of commits
     block_length: int = 0  # positions of a block; 0: unknown
     num_forwards: int = 0  # forward passes of the policy that the rollout took
@@ -166,7 +166,7 @@ class MaskedBatch:
     num_slots: int  # K of the plan, counted up to the last draw that has a state
     commit_logp: Tensor | None = None  # [M,C] float32 nats, the rollout's, at `current`; 0 elsewhere
     num_timesteps: Tensor | None = None  # [M] float32, timesteps that the row's draws stand for; None: one
-    # [M,C] int64, what a draw decided at the position: 1 commit, -1 stay masked, 0 no draw; None: none anywhere
+    # [M,C] int64, what a draw decided: 1 commit, -1 stay masked, 0 there was no draw; None: there were none
     decision: Tensor | None = None
     commit_rule: Tensor | None = None  # [M,2] float32, threshold and width of the draws of commits
 

@@ -8,12 +8,13 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from drift.contract import LossOutput, MaskedBatch, TokenLogProbs, require
 from drift.mismatch import importance_weights, measure_mismatch
 
 KL = Literal["k1", "k2", "k3"]
-Normalisation = Literal["token", "sample"]
+Normalisation = Literal["token", "sample", "trajectory"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class LossConfig:
 
     Args:
         tau: clipped clean state: a token not committed at the noisy state's own timestep counts only where
-            its probability is at least tau, in [0, 1]; 0 keeps all.
+            its probability is at least tau, in [0, 1]; 0 keeps all. None: only those that were committed at
+            it count, and no other is scored: the likelihood of what the policy did.
         beta: weight of the KL to the reference; 0: no reference is loaded.
         kl: estimator of the KL, k1, k2 or k3 (Schulman, "Approximating KL divergence", 2020).
         eps_low: PPO clip below 1 - eps_low; several updates per rollout only.
@@ -30,17 +32,24 @@ class LossConfig:
         entropy_coeff: weight of |H_ref - H| (of H without a reference).
         normalisation: rows without a gradient (no advantage, beta and entropy_coeff 0) are left out of all
             counts; `token` divides by the kept tokens of the whole batch, `sample` by those of
-            each row, then by rows.
+            each row, then by rows; `trajectory` sums a row's kept tokens over all its timesteps, as the plan
+            estimates that sum, and divides by rows: with tau null the policy gradient itself.
         importance_cap: the policy-gradient term of a token committed at the noisy state's own timestep is
             multiplied by min(update's probability / rollout's probability, importance_cap), both of the
             weights that made the rollout, >= 1, such as 2.0: against cached or low-precision rollouts, whose
             probabilities differ from those of the update. None: no weights.
+        token_weight: weight of the tokens' likelihood in the policy-gradient term, >= 0; 0 for rollouts at
+            temperature 0, whose tokens are no choice.
+        commit_weight: weight of the likelihood of commits that draws decided (decode.commit: stochastic),
+            >= 0; 1 is the policy gradient of what was sampled. Draws that committed give log q, positions of
+            the block that they left masked log(1 - q), under the same normalisation as the tokens of their
+            noisy state. Without such draws there is no such term.
 
     Raises:
         ConfigError: where a value is outside its range.
     """
 
-    tau: float = 0.6
+    tau: float | None = 0.6
     beta: float = 0.0
     kl: KL = "k3"
     eps_low: float = 0.2
@@ -48,9 +57,19 @@ class LossConfig:
     entropy_coeff: float = 0.0
     normalisation: Normalisation = "token"
     importance_cap: float | None = None
+    token_weight: float = 1.0
+    commit_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self, 0 <= self.tau <= 1, "tau", "set it to a probability in [0, 1]")
+        require(
+            self,
+            self.tau is None or 0 <= self.tau <= 1,
+            "tau",
+            "set it to a probability in [0, 1], or null for the tokens committed at the timestep alone",
+        )
+        for key in ("token_weight", "commit_weight"):
+            value = getattr(self, key)
+            require(self, math.isfinite(value) and value >= 0, key, "set it to 0 or a positive number")
         require(
             self,
             math.isfinite(self.beta) and self.beta >= 0,
@@ -74,26 +93,35 @@ class LossConfig:
             "set it to a finite number of 1 or more, or null for no importance weights",
         )
 
-    def part_names(self, num_updates: int) -> list[str]:
+    def part_names(self, num_updates: int, *, commits: bool = False) -> list[str]:
         """The parts of the loss that say something with these settings.
 
         Args:
             num_updates: optimizer steps from each rollout.
+            commits: whether draws decided over commits.
         """
-        names = ["policy"] + ["kl"] * (self.beta > 0) + ["entropy"] * (self.entropy_coeff != 0)
+        names = (
+            ["policy"]
+            + ["commit"] * commits
+            + ["kl"] * (self.beta > 0)
+            + ["entropy"] * (self.entropy_coeff != 0)
+        )
         return names + ["ratio", "clip_fraction"] * (num_updates > 1)
 
 
-def kept_tokens(feedback: TokenLogProbs, batch: MaskedBatch, tau: float) -> Tensor:
+def kept_tokens(feedback: TokenLogProbs, batch: MaskedBatch, tau: float | None) -> Tensor:
     """The clipped clean state: [M,C] bool, the scored tokens that the loss is made of.
 
     Args:
         feedback: the probabilities that decide: current ones for one update per rollout, else old ones.
         batch: M noisy states.
-        tau: least probability of a token that was not committed at the state's own timestep.
+        tau: least probability of a token that was not committed at the state's own timestep; None: it does
+            not count.
     """
     if tau == 0:
         return batch.scored
+    if tau is None:
+        return batch.current
     return batch.scored & ((feedback.logp.detach() >= math.log(tau)) | batch.current)
 
 
@@ -144,20 +172,17 @@ def rldf_loss(
     """
     proximal = old or policy
     kept = kept_tokens(proximal, batch, config.tau)
-    share = _token_share(kept, batch, config, num_kept, num_rows)
+    state_share = _state_share(kept, batch, config, num_kept, num_rows)
+    share = state_share[:, None].expand_as(kept)[kept]
     # Only kept tokens from here on: an infinite value at a dropped token would turn into NaN in backward.
     logp = policy.logp[kept]
     advantages = batch.advantages[:, None].expand_as(kept)[kept]
-    if old is None:
-        objective, ratio, clipped = logp * advantages, torch.ones_like(logp), torch.zeros_like(logp)
-    else:
-        ratio = (logp - old.logp[kept]).exp()
-        bounded = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
-        objective = torch.minimum(ratio * advantages, bounded * advantages)
-        clipped = (bounded * advantages < ratio * advantages).float()
+    before = None if old is None else old.logp[kept]
+    objective, ratio, clipped = policy_objective(logp, before, advantages, config)
     if config.importance_cap is not None:
         objective = objective * importance_weights(proximal.logp, batch, config.importance_cap)[kept]
-    per_token = {"policy": -objective, "ratio": ratio.detach(), "clip_fraction": clipped}
+    objective = config.token_weight * objective
+    per_token = {"policy": -objective, "ratio": ratio, "clip_fraction": clipped}
     total = -objective
     if reference is not None:
         per_token["kl"] = kl_estimate(logp, reference.logp[kept], config.kl)
@@ -167,13 +192,81 @@ def rldf_loss(
         per_token["entropy"] = policy.entropy[kept]
     if config.entropy_coeff:
         total = total + config.entropy_coeff * _entropy_term(policy, reference, kept)
+    parts = {name: (share * value.detach()).sum() for name, value in per_token.items()}
+    loss = (share * total).sum()
+    if policy.top is not None and config.commit_weight:
+        commits = commit_loss(policy, batch, state_share, config, old)
+        loss, parts["commit"] = loss + commits, commits.detach()
     return LossOutput(
-        loss=(share * total).sum(),
-        parts={name: (share * value.detach()).sum() for name, value in per_token.items()},
+        loss=loss,
+        parts=parts,
         num_kept=kept.sum(),
         num_scored=batch.scored.sum(),
         mismatch=measure_mismatch(proximal.logp, batch, config.importance_cap),
     )
+
+
+def policy_objective(
+    logp: Tensor, old: Tensor | None, advantages: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is to be raised, for each of n actions, the probability ratio, and whether clipping stopped it.
+
+    Args:
+        logp: [n] log-probabilities of the actions, with their graph.
+        old: [n] those before the first update: PPO's clipped ratio; None: REINFORCE.
+        advantages: [n].
+        config: the clip.
+    """
+    if old is None:
+        return logp * advantages, torch.ones_like(logp), torch.zeros_like(logp)
+    ratio = (logp - old).exp()
+    bounded = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
+    clipped = (bounded * advantages < ratio * advantages).float()
+    return torch.minimum(ratio * advantages, bounded * advantages), ratio.detach(), clipped
+
+
+def commit_logprobs(found: TokenLogProbs, batch: MaskedBatch) -> Tensor:
+    """[d] log-probabilities of all decisions over commits, state by state, in nats.
+
+    A masked position commits with probability q = sigmoid((m - threshold) / width), m being the probability
+    of its likeliest token; a decision to stay masked has 1 - q.
+
+    Args:
+        found: the likeliest tokens' log-probabilities.
+        batch: the M noisy states with their decisions.
+    """
+    assert found.top is not None
+    assert batch.decision is not None
+    assert batch.commit_rule is not None
+    decided = batch.decision != 0
+    threshold, width = (part.expand_as(decided)[decided] for part in batch.commit_rule.split(1, dim=1))
+    return logsigmoid(batch.decision[decided] * (found.top[decided].exp() - threshold) / width)
+
+
+def commit_loss(
+    policy: TokenLogProbs,
+    batch: MaskedBatch,
+    state_share: Tensor,
+    config: LossConfig,
+    old: TokenLogProbs | None,
+) -> Tensor:
+    """The policy loss of the decisions over commits: [].
+
+    Args:
+        policy: of the model being trained, with the likeliest tokens.
+        batch: the M noisy states with their decisions.
+        state_share: [M] factor of each state's actions in the loss.
+        config: settings.
+        old: see `rldf_loss`.
+    """
+    assert batch.decision is not None
+    decided = batch.decision != 0
+    logp, before = commit_logprobs(policy, batch), None if old is None else commit_logprobs(old, batch)
+    share, advantages = (
+        part[:, None].expand_as(decided)[decided] for part in (state_share, batch.advantages)
+    )
+    objective, _, _ = policy_objective(logp, before, advantages, config)
+    return -config.commit_weight * (share * objective).sum()
 
 
 def _entropy_term(policy: TokenLogProbs, reference: TokenLogProbs | None, kept: Tensor) -> Tensor:
@@ -188,19 +281,20 @@ def _entropy_term(policy: TokenLogProbs, reference: TokenLogProbs | None, kept: 
     return (reference.entropy[kept] - entropy).abs()
 
 
-def _token_share(
+def _state_share(
     kept: Tensor,
     batch: MaskedBatch,
     config: LossConfig,
     num_kept: Tensor | None,
     num_rows: Tensor | float | None,
 ) -> Tensor:
-    """Factor of every kept token in the loss: one number a token, in the order of `kept`."""
+    """[M] factor of each kept token, and of each decision, of a noisy state in the loss."""
     if config.normalisation == "token":
         if num_kept is None:
             num_kept = kept_per_slot(kept, batch)
-        share = batch.weight / (batch.num_slots * num_kept.clamp(min=1)[batch.slot])
-    else:
-        rows = batch.row.unique().numel() if num_rows is None else num_rows
-        share = batch.weight * batch.row_share / (kept.sum(dim=1).clamp(min=1) * rows)
-    return share[:, None].expand_as(kept)[kept]
+        return batch.weight / (batch.num_slots * num_kept.clamp(min=1)[batch.slot])
+    rows = batch.row.unique().numel() if num_rows is None else num_rows
+    share = batch.weight * batch.row_share / rows
+    if config.normalisation == "sample":
+        return share / kept.sum(dim=1).clamp(min=1)
+    return share if batch.num_timesteps is None else share * batch.num_timesteps

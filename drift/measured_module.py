@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning import LightningModule
@@ -84,3 +85,10 @@ def require_rollout(batch: PromptBatch) -> Rollout:
             "the batch has no rollout: add drift.callbacks.RolloutCallback to the trainer's callbacks"
         )
     return batch.rollout
+
+
+def placed_rollout(batch: PromptBatch) -> Rollout:
+    """The batch's rollout, whose rows say where their prompts are from."""
+    rollout = require_rollout(batch)
+    group_size = len(rollout.completion_ids) // len(batch.problems)
+    return replace(rollout, positions=batch.positions.repeat_interleave(group_size))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from drift.advantages import group_advantages
+from drift.advantages import Baseline, group_advantages
 from drift.contract import ConfigError, LossOutput, MaskedBatch, PromptBatch, Rollout, TokenLogProbs
 from drift.distributed import (
     gather_over_ranks,
@@ -26,7 +26,7 @@ from drift.finite import finite_on_all_ranks
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
 from drift.masking import masked_batch
-from drift.measured_module import require_rollout
+from drift.measured_module import placed_rollout, require_rollout
 from drift.micro_batches import micro_batches
 from drift.models import (
     DiffusionLM,
@@ -58,6 +58,8 @@ class RLDFModule(PolicyModule):
         sampler: denoising timesteps that the gradient is estimated from; None: `WeightedSampler`.
         loss: settings of the policy loss.
         optimizer: settings of AdamW.
+        baseline: what the rewards of a group are compared with: `group_std` divides by their spread (GRPO),
+            `group_mean` does not, `leave_one_out` takes the mean of the others.
         num_updates: optimizer steps from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.
         train_groups: groups of completions to train on, of all rolled out, over all ranks; None: all.
         micro_batch_size: noisy states of a micro-batch, at most; the result does not depend on it.
@@ -81,6 +83,7 @@ class RLDFModule(PolicyModule):
         sampler: TimestepSampler | None = None,
         loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
+        baseline: Baseline = "group_std",
         num_updates: int = 1,
         train_groups: int | None = None,
         micro_batch_size: int = 64,
@@ -99,11 +102,14 @@ class RLDFModule(PolicyModule):
         ):
             if value < 1:
                 raise ConfigError(f"model.{key} is {value}: set it to 1 or more")
+        if baseline not in get_args(Baseline):
+            raise ConfigError(f"model.baseline is {baseline!r}: choose one of {list(get_args(Baseline))}")
         if reference is not None and loss.beta > 0:
             require_reference(reference, self.policy_config)
         self.reference_path = reference
         self.sampler = sampler or WeightedSampler()
         self.loss = loss
+        self.baseline: Baseline = baseline
         self.num_updates = num_updates
         self.train_groups = train_groups
         self.micro_batch_size = micro_batch_size
@@ -158,7 +164,8 @@ class RLDFModule(PolicyModule):
         start = time.perf_counter()
         rollout = self._with_advantages(batch)
         plan = self.sampler.plan(self._keyed(rollout, batch.update))
-        noisy = masked_batch(rollout, plan, self.policy.mask_token_id, rows=self._moving(rollout))
+        current, moving = self.loss.tau is None, self._moving(rollout)
+        noisy = masked_batch(rollout, plan, self.policy.mask_token_id, moving, current_only=current)
         noisy.num_slots = max_over_ranks(noisy.num_slots, self.device)
         parts = micro_batches(noisy, self.micro_batch_size, self.micro_batch_tokens)
         # Passes communicate: ranks that disagree would wait for each other for ever, or add up what differs.
@@ -173,7 +180,7 @@ class RLDFModule(PolicyModule):
             states = noisy.select(part)
             policy = self._score(self.policy, states)
             reference = self._reference_logprobs(states)
-            before = None if old is None else TokenLogProbs(logp=old.logp[part])
+            before = None if old is None else old.select(part)
             output = rldf_loss(policy, states, self.loss, old=before, reference=reference, **totals)
             if not finite_on_all_ranks(output.loss):
                 return self._skip("the loss", output.loss, batch)
@@ -185,7 +192,7 @@ class RLDFModule(PolicyModule):
         grad_norm = clip_gradients(self.policy.parameters(), self.optimizer_config.gradient_clip)
         if not finite_on_all_ranks(grad_norm):
             return self._skip("the norm of the gradient", grad_norm, batch)
-        self._step()
+        self.step_and_schedule()
         return self._log_update(outputs, noisy, grad_norm, start)
 
     def _with_advantages(self, batch: PromptBatch) -> Rollout:
@@ -195,10 +202,10 @@ class RLDFModule(PolicyModule):
         rollout = require_rollout(batch)
         group_size = len(rollout.completion_ids) // len(batch.problems)
         if self.train_groups is not None:
-            rounds = [_placed(one, group_size) for one in (batch, *batch.refills)]
+            rounds = [placed_rollout(one) for one in (batch, *batch.refills)]
             rollout = best_groups(rounds, group_size, self.train_groups)
         assert rollout.rewards is not None
-        rollout.advantages = group_advantages(rollout.rewards.sum(dim=1), group_size)
+        rollout.advantages = group_advantages(rollout.rewards.sum(dim=1), group_size, self.baseline)
         self.learned = rollout
         return rollout
 
@@ -218,7 +225,8 @@ class RLDFModule(PolicyModule):
         with self.trainer.precision_plugin.forward_context():
             # Passes through a sharded policy communicate: every rank makes one.
             together, entropy = self.device_mesh is not None, self.loss.entropy_coeff != 0
-            return token_logprobs(model, states, entropy=entropy, one_pass=together)
+            commits = self.loss.commit_weight > 0
+            return token_logprobs(model, states, entropy=entropy, top=commits, one_pass=together)
 
     @torch.no_grad()
     def _reference_logprobs(self, states: MaskedBatch) -> TokenLogProbs | None:
@@ -228,10 +236,14 @@ class RLDFModule(PolicyModule):
             return self._score(reference, states)
 
     def _score_all(self, noisy: MaskedBatch, parts: list[Tensor]) -> TokenLogProbs:
-        logp = torch.zeros(noisy.targets.shape, dtype=torch.float32, device=self.device)
+        blank = torch.zeros(noisy.targets.shape, dtype=torch.float32, device=self.device)
+        found = TokenLogProbs(logp=blank, top=None if noisy.decision is None else blank.clone())
         for part in parts:
-            logp[part] = self._score(self.policy, noisy.select(part)).logp
-        return TokenLogProbs(logp=logp)
+            scores = self._score(self.policy, noisy.select(part))
+            found.logp[part] = scores.logp
+            if found.top is not None and scores.top is not None:
+                found.top[part] = scores.top
+        return found
 
     @torch.no_grad()
     def _old_logprobs(self, noisy: MaskedBatch, update: int, parts: list[Tensor]) -> TokenLogProbs | None:
@@ -249,7 +261,7 @@ class RLDFModule(PolicyModule):
     ) -> dict[str, Tensor]:
         """Kept tokens per slot and rows with noisy states, over all micro-batches and ranks."""
         num_rows = sum_over_ranks(torch.tensor(noisy.row.unique().numel(), device=self.device))
-        if self.loss.tau == 0 or self.loss.normalisation == "sample":
+        if not self.loss.tau or self.loss.normalisation != "token":
             return {"num_kept": sum_over_ranks(kept_per_slot(noisy.scored, noisy)), "num_rows": num_rows}
         if old is None and len(parts) <= 1 and world_size() == 1:
             return {"num_rows": num_rows}  # the one micro-batch is the whole batch: the loss counts itself
@@ -270,15 +282,6 @@ class RLDFModule(PolicyModule):
         scored = self.trained_probs > 0
         self.learned.token_probs = torch.where(scored, self.trained_probs, self.learned.token_probs)
 
-    def _step(self) -> None:
-        """Steps and schedules."""
-        optimizer: Any = self.optimizers()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule: Any = self.lr_schedulers()
-        schedule.step()
-        self.take_step()
-
     def _skip(self, what: str, value: Tensor, batch: PromptBatch) -> None:
         """Takes no step but counts one: further updates and the stream of prompts go by that count."""
         self.trained_probs = None
@@ -287,13 +290,9 @@ class RLDFModule(PolicyModule):
         optimizer.step()  # no parameter has a gradient: weights and optimizer stay as they are
 
     def _log_update(self, outputs: list[LossOutput], noisy: MaskedBatch, norm: Tensor, start: float) -> None:
-        parts = self.loss.part_names(self.num_updates)
+        commits = noisy.decision is not None and self.loss.commit_weight > 0
+        parts = self.loss.part_names(self.num_updates, commits=commits)
         figures = update_figures(outputs, noisy, parts, weighted=self.loss.importance_cap is not None)
         self.log("loss/total", figures.pop("loss/total"), prog_bar=True)
         self.log_dict({**figures, "update/grad_norm": norm, "update/seconds": time.perf_counter() - start})
         self.log("update/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-
-
-def _placed(batch: PromptBatch, group_size: int) -> Rollout:
-    """The batch's rollout, whose rows say where their prompts are from."""
-    return replace(require_rollout(batch), positions=batch.positions.repeat_interleave(group_size))

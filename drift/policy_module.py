@@ -244,6 +244,15 @@ class PolicyModule(MeasuredModule):
         self.skipped.in_a_row = 0
         self.log("update/skipped", 0.0)
 
+    def step_and_schedule(self) -> None:
+        """Takes a step of an optimization by hand, and one of its schedule."""
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        self.take_step()
+
     @contextmanager
     def generating(self) -> Iterator[None]:
         """The context of a rollout: no graph, evaluation mode, the trainer's precision."""

@@ -39,24 +39,26 @@ def tile_width(num_states: int, vocab_rows: int, *, on_cpu: bool = False) -> int
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """A use of the head: log-probabilities of tokens over the legal ones, and entropies, with their graph.
+    """A use of the head: log-probabilities over the legal tokens, and entropies, with their graph.
 
     Args:
         targets: [n] int64 tokens.
         illegal: ids that get no probability.
         entropy: whether entropies are wanted, too.
         width: tokens of a tile; None: see `tile_width`.
+        top: whether the log-probability of the likeliest token is wanted, too.
     """
 
     targets: Tensor
     illegal: list[int]
     entropy: bool = False
     width: int | None = None
+    top: bool = False
 
     def __call__(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """[n] log-probabilities in nats, and [n] entropies if wanted, both float32."""
-        logp, entropy = _Scores.apply(self, hidden, weight)  # pyright: ignore[reportGeneralTypeIssues]
-        return (logp, entropy) if self.entropy else (logp,)
+        """[n] float32 log-probabilities, nats; then [n] entropies and [n] of the likeliest token, if wanted."""
+        logp, entropy, top = _Scores.apply(self, hidden, weight)  # pyright: ignore[reportGeneralTypeIssues]
+        return (logp, *[entropy] * self.entropy, *[top] * self.top)
 
     def tiles(self, hidden: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The rows of the weight in each tile, its [m,w] float32 logits, and as many of the states' dtype.
@@ -85,14 +87,18 @@ class _Scores(torch.autograd.Function):
     """Backward computes those states alone that have a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, scores: TokenScores, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, scores: TokenScores, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         blank = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         top, at_target = torch.full_like(blank, torch.finfo(torch.float32).min), blank
         # Of exp(logit - top), over the tiles so far: the sum, and that of it times (logit - top).
         total, moment = blank, blank
+        likeliest = torch.zeros_like(scores.targets)
         for rows, logits, _ in scores.tiles(hidden, weight):
             place, inside = _places(scores.targets, rows)
             at_target = torch.where(inside, logits.gather(1, place)[:, 0], at_target)
+            if scores.top:
+                here, at = logits.max(dim=1)
+                likeliest = torch.where(here > top, at + rows.start, likeliest)
             highest = torch.maximum(top, logits.amax(dim=1))
             shift, top = top - highest, highest
             distance = logits.sub_(top[:, None])
@@ -105,19 +111,21 @@ class _Scores(torch.autograd.Function):
         rest = total.log()
         normaliser, entropy = top + rest, rest - moment / total
         ctx.scores = scores
-        ctx.save_for_backward(hidden, weight, normaliser, entropy)
-        if not scores.entropy:
-            ctx.mark_non_differentiable(entropy)
-        return at_target - normaliser, entropy
+        ctx.save_for_backward(hidden, weight, normaliser, entropy, likeliest)
+        wanted = (True, scores.entropy, scores.top)
+        found = (at_target - normaliser, entropy, -rest)
+        ctx.mark_non_differentiable(*(value for value, kept in zip(found, wanted, strict=True) if not kept))
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        hidden, weight, normaliser, entropy = ctx.saved_tensors
+        hidden, weight, normaliser, entropy, likeliest = ctx.saved_tensors
         moving = torch.stack(gradients).ne(0).any(dim=0).nonzero()[:, 0]
         scores: TokenScores = ctx.scores
-        states, targets = hidden[moving], scores.targets[moving]
-        by_logp, by_entropy = (gradient[moving, None] for gradient in gradients)
+        states, targets, likeliest = hidden[moving], scores.targets[moving], likeliest[moving]
+        by_target, by_entropy, by_top = (gradient[moving, None] for gradient in gradients)
+        by_logp = by_target + by_top if scores.top else by_target
         normaliser, entropy = normaliser[moving, None], entropy[moving, None]
         # Added up over the tiles: in float32, whatever the dtype of the states.
         by_states = torch.zeros_like(states, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -131,7 +139,10 @@ class _Scores(torch.autograd.Function):
             else:
                 by_logits = logp.exp_().mul_(-by_logp)
             place, inside = _places(targets, rows)
-            by_logits.scatter_add_(1, place, by_logp * inside[:, None])
+            by_logits.scatter_add_(1, place, by_target * inside[:, None])
+            if scores.top:
+                place, inside = _places(likeliest, rows)
+                by_logits.scatter_add_(1, place, by_top * inside[:, None])
             by_logits = spare.copy_(by_logits)  # nothing to do where they are one
             if by_states is not None and by_states.dtype == weight.dtype:
                 by_states.addmm_(by_logits, weight[rows])

@@ -10,6 +10,7 @@ from torch import Tensor
 from drift.contract import Rollout
 from drift.models import DiffusionLM
 from drift.models.layers import positions_from_mask
+from drift.rollout.config import DenoiseConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,6 +28,8 @@ class Canvas:
     timestep: Tensor  # [N] int64, timesteps that the row has had
     pad_token_id: int
     mask_token_id: int
+    config: DenoiseConfig
+    commit_kind: Tensor | None = None  # [N,C] int64, see `Rollout`; None: nothing is committed by a draw
     num_forwards: int = 0
 
     @classmethod
@@ -37,6 +40,7 @@ class Canvas:
         prompt_mask: Tensor,
         completion_length: int,
         seeds: Tensor,
+        config: DenoiseConfig,
     ) -> Canvas:
         """The prompts, followed by masks."""
         shape, device = (prompt_ids.shape[0], completion_length), prompt_ids.device
@@ -54,6 +58,8 @@ class Canvas:
             timestep=torch.zeros(shape[0], dtype=torch.int64, device=device),
             pad_token_id=policy.pad_token_id,
             mask_token_id=policy.mask_token_id,
+            config=config,
+            commit_kind=torch.zeros_like(masks) if config.rule == "stochastic" else None,
         )
 
     @property
@@ -61,7 +67,15 @@ class Canvas:
         """P."""
         return self.prompt_mask.shape[1]
 
-    def commit(self, rows: Tensor, columns: Tensor, chosen: Tensor, token: Tensor, prob: Tensor) -> Tensor:
+    def commit(
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        chosen: Tensor,
+        token: Tensor,
+        prob: Tensor,
+        kind: Tensor | None = None,
+    ) -> Tensor:
         """Writes the chosen tokens of one block of each row, and ends the rows' timestep.
 
         Args:
@@ -70,6 +84,7 @@ class Canvas:
             chosen: [n,b] bool.
             token: [n,b] int64; any value where not chosen.
             prob: [n,b] float32; any value where not chosen.
+            kind: [n,b] int64, how they are committed; any value where not chosen; None: by rule.
 
         Returns:
             [n] int64 positions of the block that are still masked; -1 where the whole block is padding.
@@ -81,6 +96,8 @@ class Canvas:
         self.input_ids[whole] = tokens
         self.token_probs[at] = torch.where(chosen, prob, self.token_probs[at])
         self.step_map[at] = torch.where(chosen, self.timestep[rows][:, None], self.step_map[at])
+        if kind is not None and self.commit_kind is not None:
+            self.commit_kind[at] = torch.where(chosen, kind, self.commit_kind[at])
         self.undecoded[at] = undecoded
         self.timestep[rows] += 1
         padding = (tokens == self.pad_token_id).all(dim=1)
@@ -102,4 +119,13 @@ class Canvas:
             num_timesteps=self.timestep,
             num_forwards=self.num_forwards,
             seeds=self.seeds,
+            commit_kind=self.commit_kind,
+            commit_rule=self._commit_rule(),
+            block_length=self.config.block_length,
         )
+
+    def _commit_rule(self) -> Tensor | None:
+        if self.commit_kind is None:
+            return None
+        rule = torch.tensor([self.config.threshold, self.config.width], device=self.seeds.device)
+        return rule.expand(len(self.seeds), 2)

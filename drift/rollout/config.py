@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,11 @@ from drift.contract import ConfigError, require
 
 Score = Literal["confidence", "margin", "neg_entropy", "random"]
 BlockOpening = Literal["confidence", "first_token"]
+Commit = Literal["threshold", "static", "stochastic"]
+CommitBy = Literal["candidate", "top"]
+
+# The score of a position that a draw commits; probabilities are below it.
+DRAWN_SCORE = 2.0
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,15 @@ class DenoiseConfig:
         horizon: with the cache, positions after the block that the later passes of a block see; None: all.
         dual_cache: with the cache and a horizon, keep what is after the horizon, too (Fast-dLLM's dual cache,
             with horizon 0): later passes see it as it was when the block was opened.
+        commit: which masked positions commit: `threshold` and `static` as above, by rule; `stochastic` by
+            draws, each position with probability sigmoid((score - threshold) / width), and where no draw of a
+            row's succeeds, its best position. Chance makes committing an action with a likelihood, which the
+            loss takes in. None: `threshold` where one is set, else `static`.
+        width: of the draws of `stochastic`, in units of probability, > 0: how far around the threshold they
+            are open.
+        commit_by: whose probability the score `confidence` is: that of the `candidate` token, or of the `top`
+            one, which says nothing of the candidate, so that drawn tokens stay plain samples of the policy.
+            None: `top` for `stochastic`, which needs it, else `candidate`.
         block_opening: what the pass that opens a block commits: `confidence` follows the schedule (LLaDA),
             `first_token` commits the block's first position (Dream).
         stop_at_padding: a row whose finished block is all padding has ended; the rest of it is padding.
@@ -55,6 +70,9 @@ class DenoiseConfig:
     use_cache: bool = False
     horizon: int | None = None
     dual_cache: bool = False
+    commit: Commit | None = None
+    width: float = 0.05
+    commit_by: CommitBy | None = None
     block_opening: BlockOpening = "confidence"
     stop_at_padding: bool = True
     compile: bool = False
@@ -106,14 +124,31 @@ class DenoiseConfig:
             "set it to 1 or more parts, or null for the device's default",
         )
         require(self, self.steps is None or self.steps >= 1, "steps", "set it to 1 or more denoising steps")
-        if self.threshold is None:
+        self._require_commit()
+
+    def _require_commit(self) -> None:
+        for key, kinds in (("commit", Commit), ("commit_by", CommitBy)):
+            good = getattr(self, key) in (None, *get_args(kinds))
+            require(self, good, key, f"choose one of {list(get_args(kinds))}, or null for what fits the rest")
+        require(self, math.isfinite(self.width) and self.width > 0, "width", "set it above 0, such as 0.05")
+        if self.rule == "static":
+            require(self, self.steps is not None, "steps", "a static schedule needs a number")
+            return
+        require(
+            self, self.threshold is not None, "threshold", f"commit: {self.rule} needs a number, such as 0.9"
+        )
+        if self.rule == "stochastic":
+            require(
+                self, self.score == "confidence", "score", "commit: stochastic draws by `confidence` alone"
+            )
             require(
                 self,
-                self.steps is not None,
-                "steps",
-                "with threshold: null the schedule is static and needs a number",
+                self.commit_by != "candidate",
+                "commit_by",
+                "with commit: stochastic set it to `top`: the likelihood of positions that stayed masked "
+                "would need candidates that nobody kept",
             )
-        elif self.score == "neg_entropy":
+        if self.score == "neg_entropy":
             require(
                 self,
                 self.threshold <= 0,
@@ -126,9 +161,19 @@ class DenoiseConfig:
             )
 
     @property
+    def rule(self) -> Commit:
+        """`commit`, with its default filled in."""
+        return self.commit or ("static" if self.threshold is None else "threshold")
+
+    @property
+    def least_score(self) -> float | None:
+        """The score from which on a position commits; None: the schedule is static."""
+        return {"threshold": self.threshold, "static": None, "stochastic": DRAWN_SCORE}[self.rule]
+
+    @property
     def draws(self) -> bool:
         """Whether anything is left to chance."""
-        return self.temperature > 0 or self.score == "random"
+        return self.temperature > 0 or self.score == "random" or self.rule == "stochastic"
 
     def require_fits(self, completion_length: int) -> None:
         """Raises ConfigError where a completion of this length cannot be decoded with these settings."""
@@ -137,7 +182,7 @@ class DenoiseConfig:
                 f"completion_length is {completion_length}, block_length is {self.block_length}: "
                 "the completion length must be a multiple of the block length"
             )
-        if self.threshold is None:
+        if self.rule == "static":
             self.quotas(completion_length)
 
     def quotas(self, completion_length: int) -> list[list[int]]:

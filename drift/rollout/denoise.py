@@ -9,14 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from drift.contract import Rollout
+from drift.contract import CERTAIN, DRAWN, FALLBACK, Rollout
 from drift.models import DiffusionLM
 from drift.models.head import in_chunks
 from drift.models.layers import Block
 from drift.randomness import draw_keys, fold, uniform
 from drift.rollout.cache import PrefixCache
 from drift.rollout.canvas import Canvas
-from drift.rollout.config import DenoiseConfig
+from drift.rollout.config import DRAWN_SCORE, DenoiseConfig
 from drift.rollout.schedule import Cohort, Schedule
 from drift.rollout.unmask import candidates, commits
 
@@ -65,7 +65,8 @@ def denoise(
     num_rows, prompt_length = prompt_ids.shape
     if seeds is None:
         seeds = draw_keys(num_rows, generator)
-    canvas = Canvas.blank(policy, prompt_ids, prompt_mask, completion_length, seeds.to(prompt_ids.device))
+    seeds = seeds.to(prompt_ids.device)
+    canvas = Canvas.blank(policy, prompt_ids, prompt_mask, completion_length, seeds, config)
     schedule = Schedule(
         (prompt_length - prompt_mask.sum(dim=1)).tolist(),
         prompt_length + completion_length,
@@ -73,7 +74,7 @@ def denoise(
         config,
         batch_size or num_rows,
         prompt_ids.device,
-        config.quotas(completion_length) if config.threshold is None else None,
+        config.quotas(completion_length) if config.rule == "static" else None,
     )
     num_done = 0
     with _compiled(policy, config.compile):
@@ -97,14 +98,16 @@ def _pass(
     row, place = torch.nonzero_static(masked, size=cohort.num_masked).unbind(dim=1)
     token, prob, score = _scored(policy, canvas, cohort, row, columns[row, place], config)
     grid = score.new_zeros(masked.shape).masked_scatter_(masked, score)
-    chosen = commits(grid, masked, config.threshold, quotas)
+    chosen = commits(grid, masked, config.least_score, quotas)
+    kind = torch.where(grid >= DRAWN_SCORE, DRAWN, FALLBACK) if config.rule == "stochastic" else None
     if config.block_opening == "first_token":
-        opening = torch.tensor([row.num_passes == 0 for row in cohort.rows], device=rows.device)
+        opening = torch.tensor([[row.num_passes == 0] for row in cohort.rows], device=rows.device)
         first = torch.arange(config.block_length, device=rows.device) == 0
-        chosen = torch.where(opening[:, None], first, chosen)
+        chosen = torch.where(opening, first, chosen)
+        kind = None if kind is None else kind.masked_fill(opening, CERTAIN)
     tokens = torch.zeros_like(columns).masked_scatter_(masked, token)
     probs = torch.zeros_like(grid).masked_scatter_(masked, prob)
-    return canvas.commit(rows, columns, chosen, tokens, probs)
+    return canvas.commit(rows, columns, chosen, tokens, probs, kind)
 
 
 def _scored(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drift.rollout.config import DenoiseConfig
+from drift.rollout.config import DRAWN_SCORE, DenoiseConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class Candidates:
 
     token: Tensor  # [m] int64
     prob: Tensor  # [m] float32, untempered and unfiltered
-    score: Tensor  # [m] float32, higher commits first
+    score: Tensor  # [m] float32, higher commits first; DRAWN_SCORE where a draw commits
 
 
 def candidates(
@@ -28,8 +28,8 @@ def candidates(
     Args:
         logits: [m,V] float32 over legal tokens.
         config: temperature, filters and score.
-        uniforms: [m,2] float64 in (0,1): one draw for the token, one for the random score; may be missing
-            where neither is drawn.
+        uniforms: [m,2] float64 in (0,1): one draw for the token, one for the random score or the commit; may
+            be missing where nothing is drawn.
         overwrite: the logits are not needed afterwards.
     """
     top, token = _highest(logits)
@@ -46,8 +46,12 @@ def candidates(
         prob = mass.gather(-1, token[:, None])[:, 0] * best
     # Above 0 even where it underflows: 0 says that nothing was recorded.
     prob = prob.clamp(min=torch.finfo(torch.float32).tiny)
-    if config.score == "confidence":
-        score = prob
+    if config.rule == "stochastic":
+        assert uniforms is not None
+        chance = torch.sigmoid((best - config.threshold) / config.width)
+        score = best.masked_fill(uniforms[:, 1] < chance, DRAWN_SCORE)
+    elif config.score == "confidence":
+        score = best if config.commit_by == "top" else prob
     elif config.score == "margin":
         second = mass.topk(2, dim=-1).values[:, 1]
         score = best * (1 - second)
