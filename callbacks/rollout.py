@@ -105,12 +105,23 @@ class RolloutCallback(Callback):
                 f"rollout.refill_rounds is {self.refill_rounds}: how many groups are enough says "
                 "model.train_groups, which is None; set it, or refill_rounds to 0"
             )
+        if isinstance(pl_module, RLDFModule):
+            self._require_replay(pl_module)
         pl_module.cells = self.cells[stage]
         self._require_room(pl_module, _longest_prompt(trainer, stage))
         require_limit(self.reward_timeout_seconds)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.measure_parts(part_names(data.task.reward, self.extra_rewards))
         pl_module.experience = partial(self.experience, trainer)
+
+    def _require_replay(self, module: RLDFModule) -> None:
+        learned = self.decode.rule == "stochastic" and module.loss.commit_weight > 0
+        if learned and not module.sampler.replays:
+            raise ConfigError(
+                f"model.sampler is {type(module.sampler).__name__}: its noisy states are not those at which "
+                "rollout.decode.commit: stochastic draws, so that the draws have no likelihood; use a sampler "
+                "of the rollout's own timesteps (Uniform, Weighted, Full), or model.loss.commit_weight: 0"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What is logged with the further updates of the rollout at hand."""

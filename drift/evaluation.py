@@ -83,7 +83,7 @@ class Cell:
     @property
     def draws(self) -> bool:
         """Whether chance decides anything."""
-        return self.decode.temperature > 0 or self.decode.score == "random"
+        return self.decode.draws
 
     def settings(self) -> dict[str, Any]:
         """What the answers depend on, in plain values."""

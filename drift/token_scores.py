@@ -56,7 +56,7 @@ class TokenScores:
     top: bool = False
 
     def __call__(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-        """[n] float32 log-probabilities, nats; then [n] entropies and [n] of the likeliest token, if wanted."""
+        """[n] log-probabilities, nats; then [n] entropies and [n] of the likeliest token, if wanted."""
         logp, entropy, top = _Scores.apply(self, hidden, weight)  # pyright: ignore[reportGeneralTypeIssues]
         return (logp, *[entropy] * self.entropy, *[top] * self.top)
 

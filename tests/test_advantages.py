@@ -85,3 +85,18 @@ def test_groups_with_spread_are_those_whose_rewards_differ():
 )
 def test_a_refill_is_as_large_as_what_is_missing_makes_likely(num_useful: int, num_seen: int, size: int):
     assert refill_size(4, num_useful, num_seen, most=8) == size
+
+
+def test_baselines_worked_by_hand():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    # First group: mean 1/3, sample standard deviation sqrt(1/3); the others of the first: (0 + 0) / 2.
+    third = 1 / 3
+    assert group_advantages(rewards, 3, "group_mean").tolist() == pytest.approx(
+        [2 * third, -third, -third, 0, 0, 0], abs=1e-6
+    )
+    assert group_advantages(rewards, 3, "leave_one_out").tolist() == pytest.approx(
+        [1, -0.5, -0.5, 0, 0, 0], abs=1e-6
+    )
+    assert group_advantages(rewards, 3, "group_std").tolist() == pytest.approx(
+        [2 * third / third**0.5, -(third**0.5), -(third**0.5), 0, 0, 0], abs=1e-6
+    )

@@ -454,3 +454,80 @@ def test_parts_and_feedback_carry_no_graph():
 def test_a_value_outside_its_range_is_refused(settings: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         LossConfig(**settings)
+
+
+def decided_batch(**changes) -> MaskedBatch:
+    """Two states of one row, three positions: a draw that commits and one that doesn't; then a fallback."""
+    fields = {
+        "input_ids": torch.zeros(2, 4, dtype=torch.int64),
+        "attention_mask": torch.ones(2, 4, dtype=torch.bool),
+        "targets": torch.zeros(2, 3, dtype=torch.int64),
+        "scored": torch.tensor([[True, False, False], [False, True, False]]),
+        "current": torch.tensor([[True, False, False], [False, True, False]]),
+        "weight": torch.ones(2),
+        "row_share": torch.full((2,), 0.5),
+        "slot": torch.tensor([0, 1]),
+        "row": torch.tensor([0, 0]),
+        "advantages": torch.tensor([2.0, 2.0]),
+        "num_slots": 2,
+        "num_timesteps": torch.tensor([3.0, 3.0]),
+        "decision": torch.tensor([[1, -1, 0], [0, -1, 0]]),
+        "commit_rule": torch.tensor([[0.9, 0.1], [0.9, 0.1]]),
+    }
+    return MaskedBatch(**fields | changes)
+
+
+def decided_logprobs(*top: float) -> TokenLogProbs:
+    """Committed tokens of probability 1/2; likeliest tokens where draws decided."""
+    first, second, third = (math.log(p) for p in top)
+    half = math.log(0.5)
+    return TokenLogProbs(
+        logp=torch.tensor([[half, 0.0, 0.0], [0.0, half, 0.0]]),
+        top=torch.tensor([[first, second, 0.0], [0.0, third, 0.0]], requires_grad=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "factor"),
+    # A state's share: token 1 / (2 slots x 1 token), sample 1/2 / 1 token, trajectory 1/2 x 3 timesteps.
+    [("token", 0.5), ("sample", 0.5), ("trajectory", 1.5)],
+)
+def test_commits_worked_by_hand(normalisation, factor):
+    found = decided_logprobs(0.95, 0.8, 0.7)
+    config = LossConfig(tau=None, normalisation=normalisation, commit_weight=3.0)
+    output = rldf_loss(found, decided_batch(), config)
+    # q = sigmoid((m - 0.9) / 0.1): log sigmoid(0.5) + log sigmoid(1) in the first, log sigmoid(2) in the other
+    decisions = -math.log1p(math.exp(-0.5)) - math.log1p(math.exp(-1.0)) - math.log1p(math.exp(-2.0))
+    assert output.parts["commit"].item() == pytest.approx(-2.0 * factor * 3.0 * decisions)
+    assert output.parts["policy"].item() == pytest.approx(-2.0 * factor * 2 * math.log(0.5))
+    assert output.loss.item() == pytest.approx(sum(output.parts[n].item() for n in ("commit", "policy")))
+    output.loss.backward()
+    assert found.top is not None
+    assert found.top.grad is not None
+    # d log sigmoid((m - 0.9) / 0.1) / d log m = (1 - q) m / 0.1 of the draw that commits.
+    slope = (1 - 1 / (1 + math.exp(-0.5))) * 0.95 / 0.1
+    assert found.top.grad[0, 0].item() == pytest.approx(-2.0 * factor * 3.0 * slope, rel=1e-5)
+
+
+def test_decisions_are_clipped_one_by_one():
+    now, old = decided_logprobs(0.95, 0.8, 0.7), decided_logprobs(0.85, 0.8, 0.7)
+    config = LossConfig(tau=None, normalisation="sample", token_weight=0.0)
+    output = rldf_loss(now, decided_batch(), config, old=old)
+    # The first decision's q rose from sigmoid(-0.5) = 0.378 to 0.622: its ratio of 1.65 is cut to 1.2.
+    assert output.parts["commit"].item() == pytest.approx(-2.0 * 0.5 * (1.2 + 1 + 1))
+    assert output.parts["policy"].item() == 0
+    output.loss.backward()
+    assert now.top is not None
+    assert now.top.grad is not None
+    assert (now.top.grad != 0).tolist() == [[False, True, False], [False, True, False]]
+
+
+def test_tokens_of_other_timesteps_don_t_count_with_tau_null(models):
+    rollout = make_rollout(3)
+    plan = plan_for(rollout, 3)
+    wide = masked_batch(rollout, plan, 1)
+    narrow = masked_batch(rollout, plan, 1, current_only=True)
+    assert narrow.scored.sum() < wide.scored.sum()
+    config = LossConfig(tau=None)
+    losses = [rldf_loss(token_logprobs(models[0], b), b, config).loss.item() for b in (wide, narrow)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

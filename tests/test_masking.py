@@ -3,7 +3,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from drift.contract import Rollout, TimestepPlan
+from drift.contract import CERTAIN, DRAWN, FALLBACK, Rollout, TimestepPlan
 from drift.masking import masked_batch
 from drift.samplers import (
     AllMaskSampler,
@@ -154,3 +154,33 @@ def test_select_takes_states():
     assert torch.equal(some.input_ids, batch.input_ids[[3, 0]])
     assert torch.equal(some.row, batch.row[[3, 0]])
     assert some.num_slots == batch.num_slots
+
+
+def test_what_draws_decided_worked_by_hand():
+    """Blocks of three: draws, a fallback, draws that end the block, then a timestep by rule."""
+    rollout = Rollout(
+        prompt_ids=torch.tensor([[7]]),
+        prompt_mask=torch.ones(1, 1, dtype=torch.bool),
+        completion_ids=torch.tensor([[10, 11, 12, 13, 0, 14]]),
+        completion_mask=torch.tensor([[True, True, True, True, False, True]]),
+        step_map=torch.tensor([[0, 2, 1, 3, 4, 4]]),
+        commit_kind=torch.tensor([[DRAWN, DRAWN, FALLBACK, CERTAIN, DRAWN, DRAWN]]),
+        commit_rule=torch.tensor([[0.9, 0.05]]),
+        block_length=3,
+    )
+    batch = masked_batch(rollout, FullSampler().plan(rollout), MASK, current_only=True)
+    assert batch.decision is not None
+    assert batch.decision.tolist() == [
+        [1, -1, -1, 0, 0, 0],  # one of three commits
+        [0, -1, -1, 0, 0, 0],  # no draw does, of the one that the fallback takes neither
+        [0, 1, 0, 0, 0, 0],  # the last of the block
+        [0, 0, 0, 0, 0, 0],  # by rule: nothing was drawn
+        [0, 0, 0, 0, 1, 1],  # padding is drawn like anything else
+    ]
+    assert batch.scored.long().tolist()[4] == [0, 0, 0, 0, 0, 1]
+    assert batch.commit_rule is not None
+    assert batch.commit_rule.tolist() == [[pytest.approx(0.9), pytest.approx(0.05)]] * 5
+    assert batch.num_timesteps is not None
+    assert batch.num_timesteps.tolist() == [5] * 5
+    # A noisy state of another kind is not where anything was drawn.
+    assert masked_batch(rollout, AllMaskSampler().plan(rollout), MASK).decision is None

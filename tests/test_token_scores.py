@@ -27,13 +27,13 @@ def targets() -> Tensor:
     return torch.tensor([0, 2, 3, 4, 5, 6, 7, 8, 10, 2])
 
 
-def whole(head: VocabHead, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and entropies in float64, over all legal tokens at once."""
+def whole(head: VocabHead, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropies and those of the likeliest, in float64, over all legal tokens at once."""
     logits = states.double() @ head.weight.double().T
     legal = [token for token in range(12) if token not in ILLEGAL]
     logp = logits[:, legal].log_softmax(dim=-1)
     places = torch.tensor([legal.index(token) for token in targets().tolist()])
-    return logp.gather(1, places[:, None])[:, 0], -(logp.exp() * logp).sum(dim=1)
+    return logp.gather(1, places[:, None])[:, 0], -(logp.exp() * logp).sum(dim=1), logp.amax(dim=1)
 
 
 def loss(found: tuple[Tensor, ...]) -> Tensor:
@@ -45,11 +45,13 @@ def loss(found: tuple[Tensor, ...]) -> Tensor:
 
 @pytest.mark.parametrize("width", [1, 5, 12, 99, None])
 @pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("top", [False, True])
 def test_values_and_gradients_are_those_of_whole_logits(
-    head: VocabHead, states: Tensor, width, entropy: bool
+    head: VocabHead, states: Tensor, width, entropy: bool, top: bool
 ):
-    found = head(states, TokenScores(targets(), ILLEGAL, entropy, width))
-    expected = whole(head, states)[: 1 + entropy]
+    found = head(states, TokenScores(targets(), ILLEGAL, entropy, width, top))
+    logp, entropies, likeliest = whole(head, states)
+    expected = (logp, *[entropies] * entropy, *[likeliest] * top)
     assert len(found) == len(expected)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.float32
@@ -66,7 +68,7 @@ def test_values_and_gradients_are_those_of_whole_logits(
 def test_logits_far_apart_neither_overflow_nor_vanish(head: VocabHead, width: int):
     states = 400 * torch.randn(10, 8, generator=torch.Generator().manual_seed(2))
     found = head(states, TokenScores(targets(), ILLEGAL, True, width))
-    for ours, theirs in zip(found, whole(head, states), strict=True):
+    for ours, theirs in zip(found, whole(head, states)[:2], strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-2)
 
 

@@ -132,7 +132,8 @@ class DenoiseConfig:
             require(self, good, key, f"choose one of {list(get_args(kinds))}, or null for what fits the rest")
         require(self, math.isfinite(self.width) and self.width > 0, "width", "set it above 0, such as 0.05")
         if self.rule == "static":
-            require(self, self.steps is not None, "steps", "a static schedule needs a number")
+            kind = "a static schedule (commit: static, or threshold: null)"
+            require(self, self.steps is not None, "steps", f"{kind} needs a number")
             return
         require(
             self, self.threshold is not None, "threshold", f"commit: {self.rule} needs a number, such as 0.9"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from drift.randomness import draw_keys, fold, uniform
 
 class TimestepSampler(ABC):
     """Chooses the noisy states that the policy gradient is estimated from: one class an estimator."""
+
+    # Whether its plans replay timesteps: draws of commits have a likelihood only where they were made.
+    replays: ClassVar[bool] = True
 
     @abstractmethod
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:

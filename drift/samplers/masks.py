@@ -22,6 +22,8 @@ class RandomMaskSampler(TimestepSampler):
         ratio: share of the valid tokens that a mask covers, in (0, 1]; at least one token.
     """
 
+    replays = False
+
     def __init__(self, k: int = 4, ratio: float = 0.3) -> None:
         require_positive("k", k)
         if not 0 < ratio <= 1:
@@ -41,6 +43,8 @@ class RandomMaskSampler(TimestepSampler):
 class CoupledMaskSampler(TimestepSampler):
     """Two noisy states a row: a random half of its valid tokens masked, and its complement."""
 
+    replays = False
+
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """Two noisy states a row; a row with a single valid token has one."""
         valid = rollout.completion_mask
@@ -52,6 +56,8 @@ class CoupledMaskSampler(TimestepSampler):
 
 class AllMaskSampler(TimestepSampler):
     """One noisy state a row, in which every valid token is masked."""
+
+    replays = False
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """One noisy state a row; nothing is drawn."""

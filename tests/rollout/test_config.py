@@ -26,8 +26,19 @@ from drift.rollout import DenoiseConfig
         ({"steps": 0}, r"steps is 0: set it to 1 or more"),
         (
             {"threshold": None},
-            r"steps is None: with threshold: null the schedule is static and needs a number",
+            r"steps is None: a static schedule \(commit: static, or threshold: null\) needs a number",
         ),
+        ({"commit": "static"}, r"steps is None: a static schedule"),
+        ({"commit": "random"}, r"commit is 'random': choose one of \['threshold', 'static', 'stochastic'\]"),
+        ({"commit_by": "best"}, r"commit_by is 'best': choose one of \['candidate', 'top'\]"),
+        ({"width": 0.0}, r"width is 0.0: set it above 0"),
+        ({"width": float("nan")}, r"width is nan: set it above 0"),
+        (
+            {"commit": "stochastic", "threshold": None},
+            r"threshold is None: commit: stochastic needs a number",
+        ),
+        ({"commit": "stochastic", "score": "margin"}, r"score is 'margin': commit: stochastic draws by"),
+        ({"commit": "stochastic", "commit_by": "candidate"}, r"commit_by is 'candidate': with commit: stoch"),
         ({"threshold": 0.0}, r"threshold is 0.0: set it in \(0, 1\]"),
         ({"threshold": 1.5}, r"threshold is 1.5: set it in \(0, 1\]"),
         ({"threshold": float("nan")}, r"threshold is nan: set it in \(0, 1\]"),
@@ -94,3 +105,19 @@ def test_a_dynamic_schedule_needs_no_steps():
     DenoiseConfig(threshold=0.9, steps=None).require_fits(64)
     with pytest.raises(ConfigError, match="steps is None"):
         DenoiseConfig(threshold=0.9, steps=None).quotas(64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({}, "threshold"),
+        ({"threshold": None, "steps": 4}, "static"),
+        ({"commit": "static", "steps": 4}, "static"),
+        ({"commit": "stochastic"}, "stochastic"),
+    ],
+)
+def test_what_commits_is_what_is_set_or_what_fits(settings: dict, rule: str):
+    config = DenoiseConfig(**settings)
+    assert config.rule == rule
+    assert (config.least_score is None) == (rule == "static")
+    assert config.draws == (rule == "stochastic")

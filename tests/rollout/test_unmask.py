@@ -4,6 +4,7 @@ from torch import Tensor
 
 from drift.models.base import ILLEGAL_LOGIT
 from drift.rollout import DenoiseConfig
+from drift.rollout.config import DRAWN_SCORE
 from drift.rollout.unmask import candidates, commits, sample
 
 PROBS = [0.05, 0.4, 0.02, 0.3, 0.08, 0.15]
@@ -157,3 +158,27 @@ def test_the_threshold_itself_is_reached():
     score = torch.tensor([[0.5, 0.5 - 2.0**-25]])  # the float32 just below one half
     assert score[0, 1] < 0.5
     assert commits(score, torch.ones(1, 2, dtype=torch.bool), 0.5, 0).tolist() == [[True, False]]
+
+
+def test_draws_commit_as_often_as_the_likeliest_token_is_above_the_threshold():
+    """0.4 is the highest probability: q = sigmoid((0.4 - 0.35) / 0.05) = sigmoid(1) = 0.7311."""
+    config = DenoiseConfig(threshold=0.35, width=0.05, commit="stochastic", temperature=1.0)
+    num = 10_000
+    even = (torch.arange(num, dtype=torch.float64) + 0.5) / num
+    # The token's draw takes the least likely token, 0.02: the commit does not look at it.
+    uniforms = torch.stack((torch.full_like(even, 0.46), even), dim=1)
+    found = candidates(torch.tensor(PROBS).log().expand(num, -1), config, uniforms)
+    assert set(found.token.tolist()) == {2}
+    assert found.prob[0].item() == pytest.approx(0.02)
+    assert (found.score == DRAWN_SCORE).float().mean().item() == pytest.approx(0.7311, abs=2 / num)
+    assert found.score[found.score != DRAWN_SCORE].unique().tolist() == pytest.approx([0.4])
+    assert config.least_score == DRAWN_SCORE
+
+
+def test_the_top_probability_scores_a_position_whatever_its_candidate_is():
+    logits, uniforms = torch.tensor([PROBS]).log(), torch.tensor([[0.46, 0.5]], dtype=torch.float64)
+    by_top = candidates(logits, DenoiseConfig(temperature=1.0, commit_by="top"), uniforms)
+    by_candidate = candidates(logits, DenoiseConfig(temperature=1.0), uniforms)
+    assert by_top.score.tolist() == pytest.approx([0.4])
+    assert by_candidate.score.tolist() == pytest.approx([0.02])
+    assert by_top.prob.tolist() == by_candidate.prob.tolist() == pytest.approx([0.02])
