@@ -119,7 +119,7 @@ class RolloutCallback(Callback):
         if learned and not module.sampler.replays:
             raise ConfigError(
                 f"model.sampler is {type(module.sampler).__name__}: its noisy states are not those at which "
-                "rollout.decode.commit: stochastic draws, so that the draws have no likelihood; use a sampler "
+                "rollout.decode.commit: stochastic draws, so that draws have no likelihood; use a sampler "
                 "of the rollout's own timesteps (Uniform, Weighted, Full), or model.loss.commit_weight: 0"
             )
 

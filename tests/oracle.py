@@ -108,7 +108,7 @@ def loss(
     valid: Tensor,
     weight: Tensor,
     advantages: Tensor,
-    tau: float,
+    tau: float | None,
     beta: float,
     kl: str,
     eps_low: float,
@@ -121,8 +121,10 @@ def loss(
     reference_entropy: Tensor | None = None,
     importance_cap: float | None = None,
     commit_logp: Tensor | None = None,
+    token_weight: float = 1.0,
+    num_timesteps: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The loss of a plan and its parts; [K,N,C], valid [N,C], weight [K,N] (0 or 1), advantages [N]."""
+    """The loss of a plan and its parts, without commits; [K,N,C], valid [N,C], weight [K,N], the rest [N]."""
     num_slots, num_rows, length = logp.shape
     sums: dict[tuple[int, int], dict[str, Tensor]] = {}  # (slot, row) -> sums over its kept tokens
     counts: dict[tuple[int, int], int] = {}
@@ -138,7 +140,7 @@ def loss(
             for c in range(length):
                 feedback = (logp if old is None else old)[k, n, c].item()
                 if not is_kept(
-                    bool(masked[k, n, c]), bool(valid[n, c]), bool(current[k, n, c]), feedback, tau
+                    bool(masked[k, n, c]), bool(valid[n, c]), bool(current[k, n, c]), feedback, math.inf if tau is None else tau
                 ):
                     continue
                 counts[k, n] += 1
@@ -150,6 +152,7 @@ def loss(
                     term = term * importance(
                         proximal[k, n, c], commit_logp[k, n, c], bool(current[k, n, c]), importance_cap
                     )
+                term = token_weight * term
                 here["policy"] = here["policy"] + term
                 here["ratio"] = here["ratio"] + ratio
                 here["clip_fraction"] = here["clip_fraction"] + float(clipped)
@@ -164,7 +167,12 @@ def loss(
                     if reference_entropy is not None:
                         apart = abs(reference_entropy[k, n, c] - entropy[k, n, c])
                     here["loss"] = here["loss"] + entropy_coeff * apart
-            sums[k, n] = here
+            sums[k, n] = {name: weight[k, n] * value for name, value in here.items()}
+            if normalisation == "trajectory":
+                # A sum over the row's timesteps: their number times the mean over its states.
+                assert num_timesteps is not None
+                sums[k, n] = {name: num_timesteps[n] * value for name, value in sums[k, n].items()}
+                counts[k, n] = 1
     reduce = _per_token if normalisation == "token" else _per_row
     names = ("loss", "policy", "kl", "entropy", "ratio", "clip_fraction")
     return {name: reduce({at: here[name] for at, here in sums.items()}, counts, num_slots) for name in names}

@@ -44,6 +44,7 @@ def plan_for(rollout: Rollout, seed: int) -> TimestepPlan:
     # One more row misses two of its timesteps.
     plan.weight = plan.weight.clone()
     plan.weight[1:, 0] = 0
+    plan.weight[0] *= 1.5
     return plan
 
 
@@ -65,13 +66,27 @@ OPTIONS = [
     )
 ]
 OPTIONS += [
+    LossConfig(tau=tau, beta=beta, normalisation=normalisation, token_weight=weight)
+    for tau, beta, normalisation, weight in (
+        (None, 0.3, "token", 1.0),
+        (None, 0.0, "sample", 0.5),
+        (None, 0.3, "trajectory", 1.0),
+        (0.02, 0.3, "trajectory", 2.0),
+    )
+]
+OPTIONS += [
     LossConfig(tau=0.02, beta=beta, normalisation=normalisation, importance_cap=cap)
     for beta, normalisation, cap in itertools.product((0.0, 0.3), ("token", "sample"), (1.0, 1.3, 1e6))
 ]
 
 
+# Commits are worked by hand, and in the walk through all trajectories.
+TAKEN = set(LossConfig.__dataclass_fields__) - {"commit_weight"}
+
+
 def name(config: LossConfig) -> str:
     cap = "" if config.importance_cap is None else f"-cap{config.importance_cap}"
+    cap += "" if config.token_weight == 1 else f"-weight{config.token_weight}"
     return f"tau{config.tau}-{config.beta}{config.kl}-H{config.entropy_coeff}-{config.normalisation}{cap}"
 
 
@@ -116,7 +131,8 @@ def test_the_oracle_agrees_gradients_included(
                 valid=rollout.completion_mask,
                 advantages=rollout.advantages,
                 commit_logp=dense(batch.commit_logp, batch, plan),
-                **{field: getattr(config, field) for field in config.__dataclass_fields__},
+                num_timesteps=plan.num_timesteps,
+                **{field: getattr(config, field) for field in config.__dataclass_fields__ if field in TAKEN},
             )
         else:
             output = rldf_loss(now, batch, config, old=old, reference=reference)
@@ -448,7 +464,10 @@ def test_parts_and_feedback_carry_no_graph():
         ({"importance_cap": 0.9}, r"importance_cap is 0.9: set it to a finite number of 1 or more, or null"),
         ({"importance_cap": math.inf}, r"importance_cap is inf"),
         ({"importance_cap": math.nan}, r"importance_cap is nan"),
-        ({"normalisation": "batch"}, r"normalisation is 'batch': choose one of \['token', 'sample'\]"),
+        (
+            {"normalisation": "batch"},
+            r"normalisation is 'batch': choose one of \['token', 'sample', 'trajectory'\]",
+        ),
     ],
 )
 def test_a_value_outside_its_range_is_refused(settings: dict, message: str):
@@ -496,7 +515,7 @@ def test_commits_worked_by_hand(normalisation, factor):
     found = decided_logprobs(0.95, 0.8, 0.7)
     config = LossConfig(tau=None, normalisation=normalisation, commit_weight=3.0)
     output = rldf_loss(found, decided_batch(), config)
-    # q = sigmoid((m - 0.9) / 0.1): log sigmoid(0.5) + log sigmoid(1) in the first, log sigmoid(2) in the other
+    # q = sigmoid((m - 0.9) / 0.1): log sigmoid(0.5) + log sigmoid(1) in the first, log sigmoid(2) in the next
     decisions = -math.log1p(math.exp(-0.5)) - math.log1p(math.exp(-1.0)) - math.log1p(math.exp(-2.0))
     assert output.parts["commit"].item() == pytest.approx(-2.0 * factor * 3.0 * decisions)
     assert output.parts["policy"].item() == pytest.approx(-2.0 * factor * 2 * math.log(0.5))

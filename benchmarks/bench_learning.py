@@ -1,0 +1,209 @@
+"""Does it learn: every estimator and both likelihoods, on three tasks, under one budget of passes.
+
+`python benchmarks/bench_learning.py` makes the base policies, tries a small grid of learning rates on seeds of
+their own, runs the best of each recipe on three seeds, and writes what came out. Runs that
+`results/learning_runs.jsonl` holds already are not made again, so that it may be stopped at any time, and
+`--subject`, `--recipe` choose some. `--long` runs the best recipe for three times the budget.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, table, write
+from learning import SUBJECTS, Recipe, Run, base_policy, learn
+
+SEEDS, LR_SEED = (0, 1, 2), 100
+LRS = (1e-4, 3e-4, 1e-3)
+BUDGETS = {"quickstart": 3e5, "sudoku": 6e5, "countdown": 6e5}
+RUNS = RESULTS / "learning_runs.jsonl"
+BASES = Path("runs/bench_learning")
+_EXACT = {"tau": None, "normalisation": "trajectory"}
+_DRAWN = {"commit": "stochastic", "width": 0.05}
+
+RECIPES = {
+    "weighted (RLDF)": Recipe(),
+    "uniform": Recipe(sampler="UniformSampler"),
+    "full": Recipe(sampler="FullSampler"),
+    "random masks": Recipe(sampler="RandomMaskSampler"),
+    "coupled masks": Recipe(sampler="CoupledMaskSampler"),
+    "full, commits": Recipe(sampler="FullSampler", loss=_EXACT, decode=_DRAWN, baseline="leave_one_out"),
+}
+BEST = "full, commits"
+
+
+def key(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What makes two runs the same one."""
+    return tuple(run[name] for name in ("subject", "recipe", "lr", "seed", "budget"))
+
+
+def done() -> list[dict[str, Any]]:
+    """All runs that have been made."""
+    if not RUNS.exists():
+        return []
+    return [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
+
+
+def make(runs: Iterable[Run], workers: int, device: str) -> None:
+    """Makes the runs that have not been made, several at a time, each in a process of its own."""
+    known = {key(run) for run in done()}
+    missing = [run for run in runs if key(vars(run)) not in known]
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def start(run: Run) -> None:
+        command = [sys.executable, __file__, "--device", device, "--one", json.dumps(vars(run))]
+        found = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+        line = found.stdout.splitlines()[-1]
+        with RUNS.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        result = json.loads(line)
+        print(f"{key(result)}: {result['base']} -> {result['final']}, {result['seconds']:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(start, missing))
+
+
+def best_lr(subject: str, recipe: str, budget: float) -> float:
+    """The learning rate whose run on the seed for that ended best in validation."""
+    runs = [
+        run
+        for run in done()
+        if run["seed"] == LR_SEED
+        and (run["subject"], run["recipe"], run["budget"]) == (subject, recipe, budget)
+    ]
+    return max(runs, key=lambda run: run["curve"][-1]["accuracy"])["lr"]
+
+
+def rows_of(subject: str, recipes: Sequence[str], budget: float) -> list[dict[str, Any]]:
+    """One row of the table for every recipe that was run on all seeds."""
+    rows = []
+    for recipe in recipes:
+        runs = [
+            run
+            for run in done()
+            if (run["subject"], run["recipe"], run["budget"]) == (subject, recipe, budget)
+            and run["seed"] in SEEDS
+        ]
+        if len(runs) < len(SEEDS):
+            continue
+        rows.append(
+            {
+                "recipe": recipe,
+                "lr": runs[0]["lr"],
+                "accuracy": _spread(runs, "final", "accuracy"),
+                "base": _spread(runs, "base", "accuracy"),
+                "one by one": _spread(runs, "final", "one by one"),
+                "base, one by one": _spread(runs, "base", "one by one"),
+                "timesteps": _spread(runs, "final", "timesteps", digits=2),
+                "base timesteps": _spread(runs, "base", "timesteps", digits=2),
+                "best - last, validation": f"{max(_fall(run) for run in runs):.3f}",
+                "reward": _spread([{"r": run["curve"][-1]} for run in runs], "r", "reward"),
+                "steps": round(statistics.mean(run["steps"] for run in runs)),
+                "seconds": round(statistics.mean(run["seconds"] for run in runs)),
+            }
+        )
+    return rows
+
+
+def _spread(runs: Sequence[dict[str, Any]], where: str, name: str, digits: int = 3) -> str:
+    values = [run[where][name] for run in runs]
+    mean, seeds = statistics.mean(values), ", ".join(f"{value:.{digits}f}" for value in values)
+    return f"{mean:.{digits}f} ({seeds})"
+
+
+def _fall(run: dict[str, Any]) -> float:
+    """How far the run's last point is below its best, in accuracy."""
+    accuracies = [point["accuracy"] for point in run["curve"]]
+    return max(accuracies) - accuracies[-1]
+
+
+def report() -> None:
+    """Writes tables and curves of all runs that have been made."""
+    tables = {
+        f"{subject}, {budget / 1e6:g} million passes": rows_of(subject, list(RECIPES), budget)
+        for subject in SUBJECTS
+        for budget in sorted({run["budget"] for run in done() if run["subject"] == subject})
+    }
+    tables = {name: rows for name, rows in tables.items() if rows}
+    markdown = (
+        "# Learning\n\n`python benchmarks/bench_learning.py`; means over seeds, each seed in brackets\n"
+    )
+    markdown += "".join(f"\n## {name}\n\n{table(rows)}\n" for name, rows in tables.items())
+    runs = [run for run in done() if run["seed"] in SEEDS]
+    write(
+        "bench_learning", {"benchmark": "learning", **tables}, markdown, lambda f: _draw(f, runs), quick=False
+    )
+
+
+def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
+    """Accuracy against passes, a panel for each task, the mean over seeds."""
+    panels = figure.subplots(1, len(SUBJECTS))
+    for panel, subject in zip(panels, SUBJECTS, strict=True):
+        for color, recipe in enumerate(RECIPES):
+            curves = [
+                run["curve"]
+                for run in runs
+                if (run["subject"], run["recipe"], run["budget"]) == (subject, recipe, BUDGETS[subject])
+            ]
+            for curve in curves:
+                passes = [point["passes"] / 1e6 for point in curve]
+                label = recipe if curve is curves[0] else None
+                panel.plot(passes, [p["accuracy"] for p in curve], color=f"C{color % 10}", label=label, lw=1)
+        panel.set_title(subject)
+        panel.set_xlabel("million passes of rows")
+        panel.set_ylabel("accuracy, threshold 0.9")
+    panels[-1].legend(fontsize=6)
+
+
+def main() -> None:
+    """Makes the runs and the report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--subject", choices=SUBJECTS, action="append", help="some of the tasks")
+    parser.add_argument("--recipe", choices=RECIPES, action="append", help="some of the recipes")
+    parser.add_argument("--lr", type=float, help="instead of trying the grid")
+    parser.add_argument(
+        "--long", action="store_true", help="three times the budget, of the best recipe alone"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--device", default="cpu", help="Lightning's accelerator")
+    parser.add_argument(
+        "--report", action="store_true", help="only write the report of the runs that are there"
+    )
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one is not None:
+        run = Run(**json.loads(options.one))
+        print(json.dumps(learn(run, RECIPES[run.recipe], BASES, options.device)))
+        return
+    recipes = [BEST] if options.long else options.recipe or list(RECIPES)
+    for subject in () if options.report else options.subject or SUBJECTS:
+        base_policy(subject, BASES, options.device)
+        budget = BUDGETS[subject]
+
+        def run(recipe: str, lr: float, seed: int, budget: float = budget, subject: str = subject) -> Run:
+            return Run(subject=subject, recipe=recipe, lr=lr, seed=seed, budget=budget)
+
+        if options.lr is None:
+            trials = [run(recipe, lr, LR_SEED) for recipe in recipes for lr in LRS]
+            make(trials, options.workers, options.device)
+        chosen = {recipe: options.lr or best_lr(subject, recipe, budget) for recipe in recipes}
+        more = 3 if options.long else 1
+        final = [run(recipe, lr, seed, budget * more) for recipe, lr in chosen.items() for seed in SEEDS]
+        make(final, options.workers, options.device)
+    report()
+
+
+if __name__ == "__main__":
+    main()
