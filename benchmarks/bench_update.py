@@ -84,6 +84,8 @@ GRID = [
     )
     for vocab in (512, 32768, 126464)
     for rows, ragged in ((8, False), (32, False), (32, True))
+    # Ragged rows of the largest vocabulary would take the baseline more than 24 GB.
+    if not (ragged and vocab > 100_000)
 ]
 GRID = [replace(case, prompts=(32, 256) if "ragged" in case.name else (64, 64)) for case in GRID]
 GROWTH = [Case(name=f"completion {n}", completion=n) for n in (64, 128, 256)]
@@ -95,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes, one round: whether it runs")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of the target cases")
-    parser.add_argument("--only", choices=("targets", "grid", "growth"), help="one table; writes no files")
+    parser.add_argument(
+        "--only", choices=("targets", "grid", "growth"), help="one table, in place of the recorded one"
+    )
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     groups = chosen({"targets": TARGETS, "grid": GRID, "growth": GROWTH}, options.only)
@@ -109,8 +113,6 @@ def main() -> None:
         name: [measure(c, repeats.get(name, 1), memory=name == "targets") for c in cases]
         for name, cases in groups.items()
     }
-    if options.only is not None:
-        return
     report("update", found, quick=options.quick)
 
 

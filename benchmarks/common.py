@@ -121,9 +121,14 @@ def report(subject: str, found: Mapping[str, Sequence[Mapping[str, Any]]], *, qu
 
     Args:
         subject: what was measured, "rollout" or "update".
-        found: rows by group; each has its `case`, `tokens/s`, `plain tokens/s` and `plain / drift`.
+        found: rows by group; each has its `case`, `tokens/s`, `plain tokens/s` and `plain / drift`. Groups
+            that were not measured this time stay as they are recorded.
         quick: see `write`.
     """
+    path = RESULTS / f"bench_{subject}.json"
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not quick else {}
+    groups = ("targets", "grid", "growth")
+    found = {name: found.get(name) or recorded[name] for name in groups if name in found or name in recorded}
     result = {"benchmark": subject, "quick": quick, **found, "environment": environment()}
     markdown = (
         f"# {subject.capitalize()}s\n\n`python benchmarks/bench_{subject}.py`, {result['environment']}\n"

@@ -2,40 +2,65 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Baseline = Literal["group_std", "group_mean", "leave_one_out"]
+from drift.contract import require
+
+Baseline = Literal["group_std", "group_mean", "leave_one_out", "none"]
 
 MIN_STD = 1e-2
 
 
-def group_advantages(rewards: Tensor, group_size: int, baseline: Baseline = "group_std") -> Tensor:
-    """How much better than its group each completion did; a group without spread gets 0.
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """How much better than its group a completion did.
 
-    `group_std` is (reward - group mean) / max(group's sample standard deviation, 0.01): the floor keeps
-    groups of nearly equal rewards from being blown up. `group_mean` is reward - group mean (Dr. GRPO, arXiv
-    2503.20783), which keeps the size of rewards; `leave_one_out` is reward - mean of the others (RLOO, arXiv
-    2402.14740), unbiased: a completion has no part in its own baseline.
+    Args:
+        baseline: `group_std`: (reward - group mean) / max(group's sample standard deviation, 0.01), whose
+            floor keeps groups of nearly equal rewards from being blown up. `group_mean`: reward - group mean
+            (Dr. GRPO, arXiv 2503.20783), which keeps the size of rewards. `leave_one_out`: reward - mean of
+            the others (RLOO, arXiv 2402.14740), unbiased, since a completion has no part in its own baseline.
+            `none`: the reward itself: of rewards 0 and 1, every correct answer is learned from, those of
+            groups without spread too (reward-ranked fine-tuning, RAFT, arXiv 2304.06767).
+
+    Raises:
+        ConfigError: where a value is outside its range.
+    """
+
+    baseline: Baseline = "group_std"
+
+    def __post_init__(self) -> None:
+        good = self.baseline in get_args(Baseline)
+        require(self, good, "baseline", f"choose one of {list(get_args(Baseline))}")
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    config: AdvantageConfig = AdvantageConfig(),
+) -> Tensor:
+    """The advantages of completions; a group without spread gets 0, unless there is no baseline.
 
     Args:
         rewards: [N] float, groups one after the other.
         group_size: completions of a prompt, >= 2.
-        baseline: see above.
+        config: settings.
 
     Returns:
         [N] float32.
     """
     groups = rewards.float().unflatten(0, (-1, group_size))
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    scale = {
-        "group_std": lambda: 1 / groups.std(dim=1, keepdim=True).clamp(min=MIN_STD),
-        "group_mean": lambda: 1.0,
-        "leave_one_out": lambda: group_size / (group_size - 1),
-    }
-    scaled = centred * scale[baseline]()
+    if config.baseline == "none":
+        return rewards.float()
+    scaled = groups - groups.mean(dim=1, keepdim=True)
+    if config.baseline == "group_std":
+        scaled = scaled / groups.std(dim=1, keepdim=True).clamp(min=MIN_STD)
+    elif config.baseline == "leave_one_out":
+        scaled = scaled * (group_size / (group_size - 1))
     # The mean of equal numbers is rounded; AdamW would make whole steps of what is left over.
     return scaled.masked_fill(~_differs(groups)[:, None], 0.0).flatten()
 

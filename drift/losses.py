@@ -38,8 +38,12 @@ class LossConfig:
             multiplied by min(update's probability / rollout's probability, importance_cap), both of the
             weights that made the rollout, >= 1, such as 2.0: against cached or low-precision rollouts, whose
             probabilities differ from those of the update. None: no weights.
+        temperature: of the softmax whose log-probabilities the tokens have here, > 0: that of the rollouts,
+            to learn from the likelihood with which tokens were drawn. Commits are untempered, as in rollouts.
         token_weight: weight of the tokens' likelihood in the policy-gradient term, >= 0; 0 for rollouts at
             temperature 0, whose tokens are no choice.
+        negative_weight: factor of the tokens' policy-gradient term where the advantage is below 0, >= 0; 0
+            learns tokens from what did better than its group alone. Commits are learned from both.
         commit_weight: weight of the likelihood of commits that draws decided (decode.commit: stochastic),
             >= 0; 1 is the policy gradient of what was sampled. Draws that committed give log q, positions of
             the block that they left masked log(1 - q), under the same normalisation as the tokens of their
@@ -57,7 +61,9 @@ class LossConfig:
     entropy_coeff: float = 0.0
     normalisation: Normalisation = "token"
     importance_cap: float | None = None
+    temperature: float = 1.0
     token_weight: float = 1.0
+    negative_weight: float = 1.0
     commit_weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -67,7 +73,9 @@ class LossConfig:
             "tau",
             "set it to a probability in [0, 1], or null for the tokens committed at the timestep alone",
         )
-        for key in ("token_weight", "commit_weight"):
+        good = 1e-3 <= self.temperature <= 1e3
+        require(self, good, "temperature", "set it to that of the rollouts, from 1e-3 to 1e3")
+        for key in ("token_weight", "negative_weight", "commit_weight"):
             value = getattr(self, key)
             require(self, math.isfinite(value) and value >= 0, key, "set it to 0 or a positive number")
         require(
@@ -181,7 +189,7 @@ def rldf_loss(
     objective, ratio, clipped = policy_objective(logp, before, advantages, config)
     if config.importance_cap is not None:
         objective = objective * importance_weights(proximal.logp, batch, config.importance_cap)[kept]
-    objective = config.token_weight * objective
+    objective = config.token_weight * torch.where(advantages < 0, config.negative_weight, 1.0) * objective
     per_token = {"policy": -objective, "ratio": ratio, "clip_fraction": clipped}
     total = -objective
     if reference is not None:

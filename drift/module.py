@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import fields, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
-from drift.advantages import Baseline, group_advantages
+from drift.advantages import AdvantageConfig, group_advantages
 from drift.contract import ConfigError, LossOutput, MaskedBatch, PromptBatch, Rollout, TokenLogProbs
 from drift.distributed import (
     gather_over_ranks,
@@ -58,8 +58,7 @@ class RLDFModule(PolicyModule):
         sampler: denoising timesteps that the gradient is estimated from; None: `WeightedSampler`.
         loss: settings of the policy loss.
         optimizer: settings of AdamW.
-        baseline: what the rewards of a group are compared with: `group_std` divides by their spread (GRPO),
-            `group_mean` does not, `leave_one_out` takes the mean of the others.
+        advantages: what rewards are compared with.
         num_updates: optimizer steps from each rollout: 1 is REINFORCE, more are PPO with clipped ratios.
         train_groups: groups of completions to train on, of all rolled out, over all ranks; None: all.
         micro_batch_size: noisy states of a micro-batch, at most; the result does not depend on it.
@@ -83,7 +82,7 @@ class RLDFModule(PolicyModule):
         sampler: TimestepSampler | None = None,
         loss: LossConfig = LossConfig(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen
-        baseline: Baseline = "group_std",
+        advantages: AdvantageConfig = AdvantageConfig(),  # noqa: B008 - frozen
         num_updates: int = 1,
         train_groups: int | None = None,
         micro_batch_size: int = 64,
@@ -102,14 +101,12 @@ class RLDFModule(PolicyModule):
         ):
             if value < 1:
                 raise ConfigError(f"model.{key} is {value}: set it to 1 or more")
-        if baseline not in get_args(Baseline):
-            raise ConfigError(f"model.baseline is {baseline!r}: choose one of {list(get_args(Baseline))}")
         if reference is not None and loss.beta > 0:
             require_reference(reference, self.policy_config)
         self.reference_path = reference
         self.sampler = sampler or WeightedSampler()
         self.loss = loss
-        self.baseline: Baseline = baseline
+        self.advantages = advantages
         self.num_updates = num_updates
         self.train_groups = train_groups
         self.micro_batch_size = micro_batch_size
@@ -205,7 +202,7 @@ class RLDFModule(PolicyModule):
             rounds = [placed_rollout(one) for one in (batch, *batch.refills)]
             rollout = best_groups(rounds, group_size, self.train_groups)
         assert rollout.rewards is not None
-        rollout.advantages = group_advantages(rollout.rewards.sum(dim=1), group_size, self.baseline)
+        rollout.advantages = group_advantages(rollout.rewards.sum(dim=1), group_size, self.advantages)
         self.learned = rollout
         return rollout
 
@@ -219,14 +216,18 @@ class RLDFModule(PolicyModule):
         if self.loss.beta > 0 or self.loss.entropy_coeff:
             return rollout.trained
         moving = rollout.advantages != 0
+        if self.loss.negative_weight == 0 and (rollout.commit_kind is None or self.loss.commit_weight == 0):
+            moving = rollout.advantages > 0
         return moving if rollout.trained is None else moving & rollout.trained
 
     def _score(self, model: DiffusionLM, states: MaskedBatch) -> TokenLogProbs:
         with self.trainer.precision_plugin.forward_context():
             # Passes through a sharded policy communicate: every rank makes one.
             together, entropy = self.device_mesh is not None, self.loss.entropy_coeff != 0
-            commits = self.loss.commit_weight > 0
-            return token_logprobs(model, states, entropy=entropy, top=commits, one_pass=together)
+            commits, heat = self.loss.commit_weight > 0, self.loss.temperature
+            return token_logprobs(
+                model, states, entropy=entropy, top=commits, temperature=heat, one_pass=together
+            )
 
     @torch.no_grad()
     def _reference_logprobs(self, states: MaskedBatch) -> TokenLogProbs | None:

@@ -100,7 +100,7 @@ def is_kept(masked: bool, valid: bool, current: bool, feedback: float, tau: floa
     return masked and valid and (math.exp(feedback) >= tau or current)
 
 
-def loss(
+def loss(  # noqa: C901 - plain loops
     *,
     logp: Tensor,
     masked: Tensor,
@@ -139,8 +139,9 @@ def loss(
             counts[k, n] = 0
             for c in range(length):
                 feedback = (logp if old is None else old)[k, n, c].item()
+                least = math.inf if tau is None else tau
                 if not is_kept(
-                    bool(masked[k, n, c]), bool(valid[n, c]), bool(current[k, n, c]), feedback, math.inf if tau is None else tau
+                    bool(masked[k, n, c]), bool(valid[n, c]), bool(current[k, n, c]), feedback, least
                 ):
                     continue
                 counts[k, n] += 1
@@ -168,11 +169,11 @@ def loss(
                         apart = abs(reference_entropy[k, n, c] - entropy[k, n, c])
                     here["loss"] = here["loss"] + entropy_coeff * apart
             sums[k, n] = {name: weight[k, n] * value for name, value in here.items()}
-            if normalisation == "trajectory":
-                # A sum over the row's timesteps: their number times the mean over its states.
-                assert num_timesteps is not None
-                sums[k, n] = {name: num_timesteps[n] * value for name, value in sums[k, n].items()}
-                counts[k, n] = 1
+    if normalisation == "trajectory":
+        # A sum over the row's timesteps: their number times the mean over its states, whatever they hold
+        assert num_timesteps is not None
+        counts = dict.fromkeys(sums, 1)
+        sums = {at: {name: num_timesteps[at[1]] * v for name, v in here.items()} for at, here in sums.items()}
     reduce = _per_token if normalisation == "token" else _per_row
     names = ("loss", "policy", "kl", "entropy", "ratio", "clip_fraction")
     return {name: reduce({at: here[name] for at, here in sums.items()}, counts, num_slots) for name in names}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from drift.advantages import group_advantages, groups_with_spread, refill_size, select_groups
+from drift.advantages import AdvantageConfig, group_advantages, groups_with_spread, refill_size, select_groups
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,12 @@ def test_baselines_worked_by_hand():
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
     # First group: mean 1/3, sample standard deviation sqrt(1/3); the others of the first: (0 + 0) / 2.
     third = 1 / 3
-    assert group_advantages(rewards, 3, "group_mean").tolist() == pytest.approx(
+    assert group_advantages(rewards, 3, AdvantageConfig("group_mean")).tolist() == pytest.approx(
         [2 * third, -third, -third, 0, 0, 0], abs=1e-6
     )
-    assert group_advantages(rewards, 3, "leave_one_out").tolist() == pytest.approx(
+    assert group_advantages(rewards, 3, AdvantageConfig("leave_one_out")).tolist() == pytest.approx(
         [1, -0.5, -0.5, 0, 0, 0], abs=1e-6
     )
-    assert group_advantages(rewards, 3, "group_std").tolist() == pytest.approx(
+    assert group_advantages(rewards, 3, AdvantageConfig("group_std")).tolist() == pytest.approx(
         [2 * third / third**0.5, -(third**0.5), -(third**0.5), 0, 0, 0], abs=1e-6
     )

@@ -81,7 +81,7 @@ OPTIONS += [
 
 
 # Commits are worked by hand, and in the walk through all trajectories.
-TAKEN = set(LossConfig.__dataclass_fields__) - {"commit_weight"}
+TAKEN = set(LossConfig.__dataclass_fields__) - {"commit_weight", "temperature"}
 
 
 def name(config: LossConfig) -> str:
