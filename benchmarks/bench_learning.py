@@ -1,7 +1,7 @@
 """Does it learn: every estimator and both likelihoods, on three tasks, under one budget of passes.
 
-`python benchmarks/bench_learning.py` makes the base policies, tries a small grid of learning rates on seeds of
-their own, runs the best of each recipe on three seeds, and writes what came out. Runs that
+`python benchmarks/bench_learning.py` makes the base policies, tries a small grid of learning rates on seeds
+of their own, runs the best of each recipe on three seeds, and writes what came out. Runs that
 `results/learning_runs.jsonl` holds already are not made again, so that it may be stopped at any time, and
 `--subject`, `--recipe` choose some. `--long` runs the best recipe for three times the budget.
 """

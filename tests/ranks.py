@@ -52,7 +52,7 @@ from drift.strategy import ShardedStrategy
 from drift.tasks import SudokuTask
 
 TIMEOUT = timedelta(seconds=60)
-KEPT = ("completion_ids", "step_map", "token_probs", "rewards", "advantages", "trained")
+KEPT = ("completion_ids", "step_map", "token_probs", "commit_kind", "rewards", "advantages", "trained")
 
 
 class SpreadReward(PerSampleReward):
@@ -127,6 +127,7 @@ def train(
     micro_batch_size=5,
     num_validation=5,
     block_length=16,
+    commit=None,
     gather=True,
     dtype="float32",
     precision="32-true",
@@ -155,7 +156,11 @@ def train(
     task.reward = RareReward() if refill_rounds else SpreadReward()
     data = PromptDataModule(task, prompts_per_step=4, num_validation=num_validation, evaluation_batch_size=1)
     decode = DenoiseConfig(
-        block_length=block_length, temperature=1.0, use_cache=importance_cap is not None, threshold=0.7
+        block_length=block_length,
+        temperature=1.0,
+        use_cache=importance_cap is not None or commit is not None,
+        threshold=0.7,
+        commit=commit,
     )
     rollout = RolloutCallback(
         group_size=4,

@@ -25,6 +25,15 @@ SETTINGS = {
     "adapters": {"num_updates": 2, "lora": ["q_proj", "ff_out"], "checkpointing": True},
     # The mismatch of cached rollouts is weighed, and the largest of all is on one of the ranks.
     "cached, weighed": {"micro_batch_size": 7, "importance_cap": 1.5, "block_length": 8},
+    # Draws of commits, of cached rollouts, learned from twice.
+    "commits": {
+        "commit": "stochastic",
+        "tau": None,
+        "normalisation": "trajectory",
+        "num_updates": 2,
+        "micro_batch_size": 7,
+        "block_length": 8,
+    },
 }
 LAYOUTS = {
     "ddp 2": (2, {"strategy": "ddp"}),
@@ -134,6 +143,7 @@ def test_several_processes_do_what_one_does(result, layout: str, name: str):
     assert first["metrics"]["loss/policy"] != 0
     assert first["rewards"].unique().numel() > 2
     assert not torch.equal(first["completion_ids"], last["completion_ids"])
+    assert ("loss/commit" in last["metrics"]) == ("commit" in SETTINGS[name])
     assert ("mismatch/weight" in last["metrics"]) == ("importance_cap" in SETTINGS[name])
     if "refilled" in name:
         prompts = [step["metrics"]["rollout/prompts"] for step in one["steps"]]
