@@ -13,7 +13,7 @@ setup: $(STAMP)  ## make .venv with the tested versions (again only when they ch
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lora,bench]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lora]'
 	@command -v bwrap >/dev/null || echo "no bubblewrap: rewards that run code need it (apt install bubblewrap)"
 	touch $@
 

@@ -3,6 +3,7 @@
 from drift.callbacks.answers import AnswerCallback
 from drift.callbacks.checkpoint import CheckpointCallback
 from drift.callbacks.collapse import CollapseCallback
+from drift.callbacks.curve import CurveCallback
 from drift.callbacks.doctor import DoctorCallback
 from drift.callbacks.export import ExportCallback
 from drift.callbacks.feedback import FeedbackCallback
@@ -20,6 +21,7 @@ __all__ = [
     "AnswerCallback",
     "CheckpointCallback",
     "CollapseCallback",
+    "CurveCallback",
     "DoctorCallback",
     "ExportCallback",
     "FeedbackCallback",

@@ -16,6 +16,7 @@ from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.evaluation import GridConfig
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
+from drift.progress import forget
 from drift.rollout import DenoiseConfig, rollout_groups
 from drift.selection import count_useful
 from drift.signals import Stopped
@@ -87,6 +88,7 @@ class RolloutCallback(Callback):
         self.reward_timeout_seconds = reward_timeout_seconds
         self.figures: dict[str, float] = {}  # of the last training rollout
         self.seconds: dict[str, float] = {}
+        self._logged: set[str] = set()  # figures of the step before
         self._evaluation = ExitStack()
         decode.require_fits(self.completion_length)
         evaluation.require_fits(self.evaluation_length)
@@ -112,6 +114,7 @@ class RolloutCallback(Callback):
         require_limit(self.reward_timeout_seconds)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         pl_module.measure_parts(part_names(data.task.reward, self.extra_rewards))
+        pl_module.measure_confidence(self.decode)
         pl_module.experience = partial(self.experience, trainer)
 
     def _require_replay(self, module: RLDFModule) -> None:
@@ -281,6 +284,8 @@ class RolloutCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: PromptBatch, batch_idx: int
     ) -> None:
         """Logs what the rollout was like, with each of its updates."""
+        forget(trainer, self._logged - self.figures.keys())
+        self._logged = set(self.figures)
         for name, value in self.figures.items():
             pl_module.log(name, value, prog_bar=name in ("reward/mean", "rollout/timesteps"))
         pl_module.log_dict(self.seconds)

@@ -8,10 +8,13 @@ from typing import Any
 
 from lightning import LightningModule
 from torch import Tensor
+from torchmetrics import Metric
 
+from drift.collapse import CONFIDENT, CollapseMetrics
 from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.evaluation import Cell, CellResult, Tally, logged
 from drift.metrics import RolloutMetrics
+from drift.rollout import DenoiseConfig
 
 
 class MeasuredModule(LightningModule):
@@ -20,6 +23,7 @@ class MeasuredModule(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.rollout_metrics = RolloutMetrics()
+        self.collapse_metrics = CollapseMetrics()
         self.cells: list[Cell] = []  # of the evaluation at hand; the rollout callback sets them
         self.tally = Tally()
         self.results: dict[tuple[int, int], CellResult] = {}  # of the last evaluation, by (set, cell)
@@ -32,11 +36,18 @@ class MeasuredModule(LightningModule):
         """
         self.rollout_metrics = RolloutMetrics(reward_names)
 
+    def measure_confidence(self, decode: DenoiseConfig) -> None:
+        """Calls tokens of training rollouts confident, from here on, as their decoding does.
+
+        Args:
+            decode: whose threshold that is, where it has one that is compared with a probability.
+        """
+        threshold = decode.threshold if decode.score == "confidence" else None
+        self.collapse_metrics = CollapseMetrics(CONFIDENT if threshold is None else threshold)
+
     def measure(self, rollout: Rollout) -> dict[str, Tensor]:
         """What a training rollout was like, over all ranks, by the names under which it is logged."""
-        self.rollout_metrics.update(rollout)
-        found = self.rollout_metrics.compute()
-        self.rollout_metrics.reset()
+        found, collapse = _of_one(self.rollout_metrics, rollout), _of_one(self.collapse_metrics, rollout)
         names = {
             "reward/mean": "reward",
             "reward/accuracy": "accuracy",
@@ -44,7 +55,11 @@ class MeasuredModule(LightningModule):
             "rollout/tokens_per_forward": "tokens_per_forward",
         }
         parts = {name: value for name, value in found.items() if name.startswith("reward/")}
-        return {**{name: found[metric] for name, metric in names.items()}, **parts}
+        return {
+            **{name: found[metric] for name, metric in names.items()},
+            **parts,
+            **{f"collapse/{name}": value for name, value in collapse.items()},
+        }
 
     def validation_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keeps what counts of the batch's answers."""
@@ -76,6 +91,13 @@ class MeasuredModule(LightningModule):
         names = [found.name for found in data.evaluation_sets[split]]
         values = logged(self.results, names, self.cells)
         self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+
+
+def _of_one(metrics: Metric, rollout: Rollout) -> dict[str, Tensor]:
+    metrics.update(rollout)
+    found = metrics.compute()
+    metrics.reset()
+    return found
 
 
 def require_rollout(batch: PromptBatch) -> Rollout:

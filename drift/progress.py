@@ -1,7 +1,8 @@
-"""Lightning's count of what is done, put right where training goes on from a checkpoint."""
+"""What Lightning keeps of training, put right: its counts after a resume, figures of earlier steps."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning import Trainer
@@ -40,6 +41,22 @@ def at_boundary(trainer: Trainer) -> None:
     Lightning counts them apart, and depending on where a checkpoint was written is one off after a resume.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def forget(trainer: Trainer, names: Iterable[str]) -> None:
+    """Has figures that a step doesn't have logged no more: Lightning repeats what it was given last.
+
+    Args:
+        trainer: whose training step it is.
+        names: that earlier steps logged.
+    """
+    gone = set(names)
+    for result in (trainer._results or {}).values():
+        if result.meta.name in gone:
+            result.reset()
+    for name in gone:
+        for metrics in (trainer.callback_metrics, trainer.logged_metrics):
+            metrics.pop(name, None)
 
 
 def _counts(number: int) -> dict[str, int]:

@@ -142,6 +142,8 @@ def test_several_processes_do_what_one_does(result, layout: str, name: str):
     first, last = one["steps"][0], one["steps"][-1]
     assert first["metrics"]["loss/policy"] != 0
     assert first["rewards"].unique().numel() > 2
+    assert any(name.startswith("collapse/reward_") for name in first["metrics"])
+    assert "collapse/confident_wrong" in first["metrics"]
     assert not torch.equal(first["completion_ids"], last["completion_ids"])
     assert ("loss/commit" in last["metrics"]) == ("commit" in SETTINGS[name])
     assert ("mismatch/weight" in last["metrics"]) == ("importance_cap" in SETTINGS[name])

@@ -1,3 +1,4 @@
+import csv
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
 
 import drift.callbacks.rollout
 from drift.callbacks import RolloutCallback
@@ -229,6 +231,47 @@ def test_a_reward_that_cannot_judge_stops_training(train, spread_task, problem: 
     spread_task.reward = BadReward()
     with pytest.raises(SampleError, match=f"BadReward {message}"):
         train(1)
+
+
+def test_a_figure_that_a_rollout_does_not_have_is_not_logged_with_it(train, monkeypatch, tmp_path: Path):
+    real, calls = RLDFModule.measure, []
+
+    def measure(module, rollout):
+        calls.append(1)
+        only = {f"collapse/of_{len(calls)}": torch.tensor(7.0)} if len(calls) in (1, 3) else {}
+        return {**real(module, rollout), **only}
+
+    monkeypatch.setattr(RLDFModule, "measure", measure)
+    _, trainer = train(3, trainer={"logger": CSVLogger(tmp_path)})
+    (file,) = tmp_path.rglob("metrics.csv")
+    with file.open(newline="") as rows:
+        logged = [(row["collapse/of_1"], row["collapse/of_3"]) for row in csv.DictReader(rows)]
+    assert logged == [("7.0", ""), ("", ""), ("", "7.0")]
+    assert "collapse/of_1" not in trainer.callback_metrics
+    assert "collapse/of_3" in trainer.callback_metrics
+
+
+@pytest.mark.parametrize(
+    ("decode", "confident"),
+    [
+        ({"threshold": 0.7}, 0.7),
+        # A difference, nats, a random number, and no threshold: none is a probability.
+        ({"threshold": 0.7, "score": "margin"}, 0.9),
+        ({"threshold": -0.1, "score": "neg_entropy"}, 0.9),
+        ({"threshold": 0.7, "score": "random"}, 0.9),
+        ({"threshold": None, "steps": 8}, 0.9),
+    ],
+)
+def test_tokens_are_confident_from_the_threshold_on(train, decode: dict, confident: float):
+    keep, trainer = train(1, decode=DenoiseConfig(block_length=8, temperature=1.0, **decode))
+    assert trainer.lightning_module.collapse_metrics.confident == confident
+    rollout = keep.batches[0].rollout
+    valid, sure = rollout.completion_mask, rollout.commit_probs >= confident
+    wrong = valid & sure & ~rollout.correct[:, None]
+    found = trainer.callback_metrics.get("collapse/confident_wrong", torch.tensor(0.0))
+    assert float(found) == pytest.approx(float(wrong.sum() / (valid & sure).sum().clamp(min=1)))
+    shares = [value for name, value in trainer.callback_metrics.items() if name.startswith("collapse/share_")]
+    assert sum(map(float, shares)) == pytest.approx(1)
 
 
 def test_a_reward_that_hangs_stops_training(train, spread_task):
