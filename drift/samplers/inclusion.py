@@ -1,0 +1,69 @@
+"""How likely each timestep is to be drawn, and the weights that undo it (Horvitz and Thompson, 1952)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Logarithms of the times at which the integral is taken: e^-28 of a probability is left of the first, and
+# nothing is right of the last where log-probabilities are -SPAN or more. The integrand is analytic and falls
+# to 0 on either side, so that the trapezium rule is exact to many digits.
+SPAN = 30.0
+_FIRST, _LAST, _STEP = -28.0, SPAN + 6.0, 0.25
+
+
+def successive_inclusion(logits: Tensor, k: int) -> Tensor:
+    """[N,S] float64, probability that a timestep is among k successive draws without replacement.
+
+    Successive draws are a race: with arrivals E_i exponential of rate p_i, the first k to arrive have the
+    distribution of k successive draws (Efraimidis and Spirakis, "Weighted random sampling with a
+    reservoir", 2006). So the probability is the integral over t of p_i exp(-p_i t) P(fewer than k others came
+    before t); how many came is a sum of independent indicators, whose distribution is built up timestep by
+    timestep.
+
+    Args:
+        logits: [N,S] float64 log-probabilities up to a constant, -inf where there is nothing to draw,
+            otherwise within SPAN of the row's largest.
+        k: draws, >= 1; a row with no more timesteps gives all of them.
+    """
+    real = logits > -torch.inf
+    probs = logits.masked_fill(~real.any(dim=1, keepdim=True), 0.0).softmax(dim=1)
+    log_time = torch.arange(_FIRST, _LAST, _STEP, dtype=torch.float64, device=logits.device)
+    exponent = probs[:, None] * log_time.exp()[:, None]  # [N,T,S]
+    came = -torch.expm1(-exponent)
+    before = _counts(came, k)
+    after = _counts(came.flip(2), k).flip(2)
+    # P(fewer than k others): j came of those before the timestep, and fewer than k - j of those after it.
+    fewer = (before * after.cumsum(dim=3).flip(3)).sum(dim=3)
+    found = (exponent * (-exponent).exp() * fewer).sum(dim=1) * _STEP
+    everything = real.sum(dim=1, keepdim=True) <= k
+    return torch.where(everything, 1.0, found).masked_fill(~real, 0.0)
+
+
+def _counts(came: Tensor, k: int) -> Tensor:
+    """[N,T,S,k], probability that j = 0 ... k-1 of the timesteps before each one have come."""
+    state = torch.zeros((*came.shape[:2], k), dtype=came.dtype, device=came.device)
+    state[..., 0] = 1.0
+    states = [state]
+    for chance in came[..., :-1].unbind(dim=2):
+        one_more = torch.nn.functional.pad(state, (1, 0))[..., :k]
+        state = state + chance[..., None] * (one_more - state)
+        states.append(state)
+    return torch.stack(states, dim=2)
+
+
+def inverse_weights(inclusion: Tensor, drawn: Tensor, timesteps: Tensor) -> Tensor:
+    """[N,K] float32, weights with which the mean over a row's draws estimates that over all its timesteps.
+
+    The estimator of Horvitz and Thompson ("A generalization of sampling without replacement from a finite
+    universe", 1952), whose sum over draws of 1 / (S * inclusion) becomes a mean by the number of draws.
+
+    Args:
+        inclusion: [N,S] float64, each timestep's probability to be drawn; 0 at what is no candidate.
+        drawn: [N,K] bool, draws that took place, of different timesteps.
+        timesteps: [N,K] int64, which timestep each took.
+    """
+    num_candidates = (inclusion > 0).sum(dim=1, keepdim=True)
+    num_drawn = drawn.sum(dim=1, keepdim=True)
+    weight = num_drawn / (num_candidates * inclusion.gather(1, timesteps))
+    return torch.where(drawn, weight, 0.0).float()
