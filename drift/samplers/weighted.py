@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from drift.contract import ConfigError, Rollout, TimestepPlan
-from drift.samplers.base import TimestepSampler, candidates, draws, require_positive, sequential_plan
+from drift.samplers.base import (
+    TimestepSampler,
+    candidates,
+    draws,
+    require_positive,
+    require_token_probs,
+    sequential_plan,
+)
 from drift.samplers.inclusion import SPAN, inverse_weights, successive_inclusion
 
 # Weights this close are equal: what is left is rounding, and T = 0 would take it for an order.
@@ -57,15 +64,7 @@ class WeightedSampler(TimestepSampler):
             ConfigError: where the rollout, or one of its rows, recorded no token probabilities.
         """
         valid = rollout.completion_mask
-        # One token's probability may have underflowed to 0; a whole row's were never recorded.
-        if rollout.token_probs is None or bool(
-            (valid.any(dim=1) & ~(valid & (rollout.token_probs > 0)).any(dim=1)).any()
-        ):
-            raise ConfigError(
-                "token_probs is missing, or 0 at all valid tokens of a row: a weighted sampler needs the "
-                "probabilities that the rollout recorded; use UniformSampler for rollouts without them"
-            )
-        surprise = -rollout.token_probs.clamp(min=_MIN_PROB).log() * valid
+        surprise = -require_token_probs(rollout).clamp(min=_MIN_PROB).log() * valid
         shape = (valid.shape[0], int(rollout.step_map.max()) + 1)
         total = torch.zeros(shape, dtype=torch.float32, device=surprise.device)
         count = total.scatter_add(1, rollout.step_map, valid.float())
