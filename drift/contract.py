@@ -34,8 +34,8 @@ def require(settings: object, good: bool, key: str, fix: str) -> None:
         raise ConfigError(f"{key} is {getattr(settings, key)!r}: {fix}")
 
 
-# How a position was committed: by a rule that leaves no choice, by a draw of its own, or because no draw of the
-# block's committed anything.
+# How a position was committed: by a rule that leaves no choice, by a draw of its own, or because no draw of
+# the block's committed anything.
 CERTAIN, DRAWN, FALLBACK = 0, 1, 2
 
 
@@ -106,7 +106,9 @@ class Rollout:
     token_probs: Tensor | None = None  # [N,C] float32, probability of the token when it was committed
     commit_probs: Tensor | None = None  # [N,C] float32, what token_probs was at the rollout; never refreshed
     num_timesteps: Tensor | None = None  # [N] int64, the row's timesteps that committed something: its S
-    commit_kind: Tensor | None = None  # [N,C] int64: CERTAIN, DRAWN or FALLBACK; None: chance had no part in it
+    commit_kind: Tensor | None = (
+        None  # [N,C] int64: CERTAIN, DRAWN or FALLBACK; None: chance had no part in it
+    )
     commit_rule: Tensor | None = None  # [N,2] float32, threshold and width of the draws of commits
     block_length: int = 0  # positions of a block; 0: unknown
     num_forwards: int = 0  # forward passes of the policy that the rollout took
@@ -137,6 +139,19 @@ class Rollout:
         return replace(self, **picked)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceLevel:
+    """How the noisy states of a row make one likelihood of its whole completion.
+
+    The mean over the states of weight times the sum of the scored log-probabilities is a lower bound of it,
+    per token of the completion.
+    """
+
+    omega: float = 0.0  # share of the upper bound where the advantage is negative, in [0,1]
+    beta: float = 1.0  # >= 1, of the upper bound
+    whole_ratio: bool = False  # whether a ratio of likelihoods is that of whole completions, not of a token
+
+
 @dataclass(kw_only=True, slots=True)
 class TimestepPlan:
     """Which noisy states to learn from: the timestep sampler's choice."""
@@ -147,6 +162,7 @@ class TimestepPlan:
     replay: bool = False  # whether the policy saw these very states when it committed the current positions
     current_only: bool = False  # whether the current tokens alone are learned from
     num_timesteps: Tensor | None = None  # [N] int64, timesteps that the row's draws stand for; None: one
+    sequence: SequenceLevel | None = None  # None: the loss is one of tokens
 
 
 @dataclass(kw_only=True, slots=True)
@@ -166,9 +182,12 @@ class MaskedBatch:
     num_slots: int  # K of the plan, counted up to the last draw that has a state
     commit_logp: Tensor | None = None  # [M,C] float32 nats, the rollout's, at `current`; 0 elsewhere
     num_timesteps: Tensor | None = None  # [M] float32, timesteps that the row's draws stand for; None: one
-    # [M,C] int64, what a draw decided at the position: 1 commit, -1 stay masked, 0 no draw; None: none anywhere
+    # [M,C] int64, what a draw decided at the position: 1 commit, -1 stay masked, 0 no draw; None: none
+    # anywhere
     decision: Tensor | None = None
     commit_rule: Tensor | None = None  # [M,2] float32, threshold and width of the draws of commits
+    length: Tensor | None = None  # [M] float32, valid tokens of the row's completion; None: unknown
+    sequence: SequenceLevel | None = None  # the plan's
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
