@@ -137,6 +137,19 @@ class Rollout:
         return replace(self, **picked)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceLevel:
+    """How the noisy states of a row make one likelihood of its whole completion.
+
+    The mean over the states of weight times the sum of the scored log-probabilities is a lower bound of it,
+    per token of the completion.
+    """
+
+    omega: float = 0.0  # share of the upper bound where the advantage is negative, in [0,1]
+    beta: float = 1.0  # >= 1, of the upper bound
+    whole_ratio: bool = False  # whether a ratio of likelihoods is that of whole completions, not of a token
+
+
 @dataclass(kw_only=True, slots=True)
 class TimestepPlan:
     """Which noisy states to learn from: the timestep sampler's choice."""
@@ -147,6 +160,7 @@ class TimestepPlan:
     replay: bool = False  # whether the policy saw these very states when it committed the current positions
     current_only: bool = False  # whether the current tokens alone are learned from
     num_timesteps: Tensor | None = None  # [N] int64, timesteps that the row's draws stand for; None: one
+    sequence: SequenceLevel | None = None  # None: the loss is one of tokens
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,6 +183,8 @@ class MaskedBatch:
     # [M,C] int64, what a draw decided: 1 commit, -1 stay masked, 0 there was no draw; None: there were none
     decision: Tensor | None = None
     commit_rule: Tensor | None = None  # [M,2] float32, threshold and width of the draws of commits
+    length: Tensor | None = None  # [M] float32, valid tokens of the row's completion; None: unknown
+    sequence: SequenceLevel | None = None  # the plan's
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]

@@ -63,6 +63,8 @@ def masked_batch(
         num_timesteps=None if plan.num_timesteps is None else plan.num_timesteps[row].float(),
         decision=_decisions(rollout, plan, slot, row),
         commit_rule=None if rollout.commit_rule is None else rollout.commit_rule[row],
+        length=valid.sum(dim=1).float(),
+        sequence=plan.sequence,
     )
 
 

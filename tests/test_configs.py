@@ -26,6 +26,7 @@ from drift.tasks import CodeTask, MathTask
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 SAMPLERS = ["all_mask", "coupled_mask", "full", "random_mask", "uniform", "weighted"]
+SAMPLERS += ["coupled_elbo", "proportional", "quadrature_elbo", "sandwiched", "step", "trace"]
 PAPER = [f"{family}_{task}" for family in ("llada", "dream") for task in ("math", "code")]
 RECIPES = {"quickstart": "fit", "sudoku_base": "sft"} | {
     f"{name}{lora}": "fit" for name in PAPER for lora in ("", "_lora")
@@ -82,7 +83,7 @@ def instantiate(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_config_is_known_here():
     assert {file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in FILES} == set(NAMES)
-    assert len(FILES) == 31
+    assert len(FILES) == 37
     assert set(shipped_configs()) == set(NAMES)
 
 

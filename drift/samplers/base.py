@@ -72,6 +72,24 @@ def sequential_plan(rollout: Rollout, timesteps: Tensor, weight: Tensor) -> Time
     )
 
 
+def require_token_probs(rollout: Rollout) -> Tensor:
+    """[N,C] the probabilities that the rollout recorded.
+
+    Raises:
+        ConfigError: where the rollout, or one of its rows, recorded none.
+    """
+    valid = rollout.completion_mask
+    # One token's probability may have underflowed to 0; a whole row's were never recorded.
+    if rollout.token_probs is None or bool(
+        (valid.any(dim=1) & ~(valid & (rollout.token_probs > 0)).any(dim=1)).any()
+    ):
+        raise ConfigError(
+            "token_probs is missing, or 0 at all valid tokens of a row: a sampler that goes by how sure the "
+            "policy was needs the probabilities that the rollout recorded; use UniformSampler without them"
+        )
+    return rollout.token_probs
+
+
 def require_positive(key: str, value: float) -> None:
     """Raises ConfigError unless a number of timesteps is 1 or more."""
     if value < 1:

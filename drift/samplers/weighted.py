@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from drift.contract import ConfigError, Rollout, TimestepPlan
-from drift.samplers.base import TimestepSampler, candidates, draws, require_positive, sequential_plan
+from drift.samplers.base import (
+    TimestepSampler,
+    candidates,
+    draws,
+    require_positive,
+    require_token_probs,
+    sequential_plan,
+)
+from drift.samplers.inclusion import SPAN, inverse_weights, successive_inclusion
 
 # Weights this close are equal: what is left is rounding, and T = 0 would take it for an order.
 _EQUAL = 1e-8
@@ -25,16 +33,29 @@ class WeightedSampler(TimestepSampler):
         k: timesteps of a row, >= 1.
         temperature: >= 0. 0 takes the k largest weights (repeated from the largest where there are fewer);
             inf is uniform.
+        importance_correction: weigh every draw by the inverse of its probability, and repeat none, so that
+            the mean over a row's draws is an unbiased estimate of the mean over all of its timesteps. So the
+            gradient is unbiased under the loss normalisations `sample` and `trajectory`; under `token` it is
+            a ratio of two such estimates, hence only nearly so.
+
+    Raises:
+        ConfigError: where a value is outside its range, or the correction has no probabilities to go by.
     """
 
-    def __init__(self, k: int = 4, temperature: float = 1.0) -> None:
+    def __init__(self, k: int = 4, temperature: float = 1.0, importance_correction: bool = False) -> None:
         require_positive("k", k)
         if math.isnan(temperature) or temperature < 0:
             raise ConfigError(
                 f"temperature is {temperature!r}: set it to 0 (largest weights), a positive number, or inf"
             )
+        if importance_correction and temperature == 0:
+            raise ConfigError(
+                "importance_correction is True with a temperature of 0: what is never drawn has no inverse "
+                "probability; set temperature to a positive number, or importance_correction to false"
+            )
         self.k = k
         self.temperature = float(temperature)
+        self.importance_correction = importance_correction
 
     def weights(self, rollout: Rollout) -> Tensor:
         """How unsure the policy was: [N,S] float32, -mean log token_prob of valid tokens, -inf where none.
@@ -43,15 +64,7 @@ class WeightedSampler(TimestepSampler):
             ConfigError: where the rollout, or one of its rows, recorded no token probabilities.
         """
         valid = rollout.completion_mask
-        # One token's probability may have underflowed to 0; a whole row's were never recorded.
-        if rollout.token_probs is None or bool(
-            (valid.any(dim=1) & ~(valid & (rollout.token_probs > 0)).any(dim=1)).any()
-        ):
-            raise ConfigError(
-                "token_probs is missing, or 0 at all valid tokens of a row: a weighted sampler needs the "
-                "probabilities that the rollout recorded; use UniformSampler for rollouts without them"
-            )
-        surprise = -rollout.token_probs.clamp(min=_MIN_PROB).log() * valid
+        surprise = -require_token_probs(rollout).clamp(min=_MIN_PROB).log() * valid
         shape = (valid.shape[0], int(rollout.step_map.max()) + 1)
         total = torch.zeros(shape, dtype=torch.float32, device=surprise.device)
         count = total.scatter_add(1, rollout.step_map, valid.float())
@@ -67,9 +80,12 @@ class WeightedSampler(TimestepSampler):
         perturbed = logits + gumbel(uniforms[:, self.k :])
         first = perturbed.argsort(dim=1, descending=True, stable=True)[:, : self.k]
         first = torch.nn.functional.pad(first, (0, self.k - first.shape[1]))
-        again = self._again(logits, uniforms[:, : self.k])
         num_real = (logits > -torch.inf).sum(dim=1, keepdim=True)
         draw = torch.arange(self.k, device=logits.device)
+        if self.importance_correction:
+            weight = inverse_weights(successive_inclusion(logits, self.k), draw < num_real, first)
+            return sequential_plan(rollout, first.T, weight.T)
+        again = self._again(logits, uniforms[:, : self.k])
         timesteps = torch.where(draw < num_real, first, again)
         weight = (num_real > 0).float().expand_as(timesteps)
         return sequential_plan(rollout, timesteps.T, weight.T)
@@ -86,6 +102,8 @@ class WeightedSampler(TimestepSampler):
             scaled = (weights.masked_fill(~real, 0).argsort(dim=1).argsort(dim=1) * 1e3).double()
         else:
             scaled = weights.masked_fill(~real, 0) / self.temperature
+        if self.importance_correction:  # a chance below e^-SPAN would have a weight beyond all use
+            scaled = scaled.clamp(min=scaled.masked_fill(~real, -torch.inf).amax(dim=1, keepdim=True) - SPAN)
         return torch.where(equal, 0.0, scaled).masked_fill(~real, -torch.inf)
 
     def _again(self, logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -101,10 +119,12 @@ class UniformSampler(WeightedSampler):
 
     Args:
         k: timesteps of a row, >= 1.
+        importance_correction: see `WeightedSampler`; every weight is 1, and a row with fewer than k timesteps
+            gives each of them once.
     """
 
-    def __init__(self, k: int = 4) -> None:
-        super().__init__(k=k, temperature=math.inf)
+    def __init__(self, k: int = 4, importance_correction: bool = False) -> None:
+        super().__init__(k=k, temperature=math.inf, importance_correction=importance_correction)
 
     def weights(self, rollout: Rollout) -> Tensor:
         """[N,S] float32: 0 at the timesteps that committed a valid token, -inf elsewhere."""

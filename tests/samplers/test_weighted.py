@@ -1,4 +1,5 @@
 import math
+from itertools import permutations
 from types import ModuleType
 
 import pytest
@@ -149,7 +150,15 @@ def test_a_row_has_weight_zero_only_where_nothing_was_committed():
     assert not plan.current[:, 2].any()
 
 
-@pytest.mark.parametrize("sampler", [WeightedSampler(k=4), UniformSampler(k=4), WeightedSampler(k=8)])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        WeightedSampler(k=4),
+        UniformSampler(k=4),
+        WeightedSampler(k=8),
+        WeightedSampler(k=3, importance_correction=True),
+    ],
+)
 def test_seeds_make_a_rows_plan_its_own(sampler: WeightedSampler):
     generator = torch.Generator().manual_seed(0)
     source = rollout(torch.randint(0, 6, (8, 12), generator=generator).tolist(), None)
@@ -162,6 +171,7 @@ def test_seeds_make_a_rows_plan_its_own(sampler: WeightedSampler):
     some = sampler.plan(source.select(order))
     assert torch.equal(some.masked, whole.masked[:, order])
     assert torch.equal(some.current, whole.current[:, order])
+    assert torch.equal(some.weight, whole.weight[:, order])
 
 
 def test_a_rows_plan_does_not_depend_on_how_long_its_neighbours_are():
@@ -214,3 +224,47 @@ def test_a_probability_that_underflowed_is_the_smallest_not_a_missing_one():
     found = WeightedSampler().weights(source)
     torch.testing.assert_close(found[0], torch.tensor([0.6931, 0.6931, 23.0259, 0.6931]), rtol=0, atol=1e-4)
     assert (found[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 5.0, INF])
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 6])
+def test_corrected_means_over_the_draws_are_unbiased(temperature: float, k: int):
+    source = many(ROW)
+    sampler = WeightedSampler(k=k, temperature=temperature, importance_correction=True)
+    plan = sampler.plan(source, torch.Generator().manual_seed(5))
+    steps, num = chosen(plan, source), min(k, 4)
+    assert ((plan.weight > 0).sum(dim=0) == num).all(), "nothing is drawn twice"
+    weight = [plan.weight[steps == step].unique() for step in range(4)]
+    assert all(len(found) == 1 for found in weight), "a timestep's weight depends on itself alone"
+    values = [3.0, -1.0, 0.5, 8.0]
+    # Every order of draws, with its probability: the expected estimate is the mean of all four values, 2.625.
+    mass = {step: math.exp(WEIGHTS[step] / temperature) for step in range(4)}
+    expected = 0.0
+    for order in permutations(range(4), num):
+        left = [sum(mass.values()) - sum(mass[step] for step in order[:place]) for place in range(num)]
+        chance = math.prod(mass[step] / rest for step, rest in zip(order, left, strict=True))
+        expected += chance * sum(weight[step].item() * values[step] for step in order) / num
+    assert expected == pytest.approx(2.625, rel=1e-5)
+    if temperature == INF:
+        torch.testing.assert_close(torch.cat(weight), torch.ones(4))
+
+
+def test_a_chance_beyond_all_use_keeps_a_finite_weight():
+    source = rollout([[0, 1]], [[1.0, 1e-10]])
+    # Weights 0 and 23.03 at temperature 0.1 are 230 apart, of which 30 are kept.
+    plan = WeightedSampler(k=1, temperature=0.1, importance_correction=True).plan(source)
+    assert chosen(plan, source).tolist() == [[1]]
+    assert plan.weight.tolist() == [[0.5]]  # one draw of two timesteps, certain: 1 / (2 * 1)
+    assert torch.isfinite(plan.weight).all()
+
+
+def test_a_correction_without_chances_is_refused():
+    with pytest.raises(ConfigError, match="importance_correction is True with a temperature of 0"):
+        WeightedSampler(temperature=0.0, importance_correction=True)
+
+
+def test_plans_say_how_many_timesteps_they_stand_for():
+    source = rollout([[0, 0, 1, 3], [1, 1, 1, 0]], [[0.5] * 4] * 2, [[1, 1, 1, 1], [1, 1, 1, 0]])
+    plan = WeightedSampler(k=2).plan(source)
+    assert plan.num_timesteps is not None
+    assert plan.num_timesteps.tolist() == [3, 1]  # row 1's timestep 0 committed padding alone
