@@ -18,7 +18,7 @@ from drift.contract import MaskedBatch, Rollout, TimestepPlan, TokenLogProbs
 from drift.data.stream import collate_prompts
 from drift.data.template import PromptTemplate
 from drift.logprobs import token_logprobs
-from drift.losses import kept_tokens
+from drift.losses import LossConfig, kept_tokens
 from drift.masking import masked_batch
 from drift.models import DiffusionLM, load_tokenizer, resolve_folder
 from drift.randomness import fold
@@ -170,7 +170,7 @@ class Gradients:
         assert states.length is not None
         with torch.no_grad():
             logp = torch.cat([token_logprobs(self.policy, states.select(part)).logp for part in parts])
-        found = sequence_coefficients(TokenLogProbs(logp=logp), states, 0.2, 0.2, num_rows=self.num_rows)
+        found = sequence_coefficients(TokenLogProbs(logp=logp), states, LossConfig(), num_rows=self.num_rows)
         factor = found.coefficients * states.length[:, None]
         total = torch.zeros_like(self.direction)
         for part in parts:

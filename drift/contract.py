@@ -222,8 +222,9 @@ class TokenLogProbs:
         return self._map(lambda value: value[states])
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenLogProbs:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return TokenLogProbs(**{k: None if value is None else function(value) for k, value in values.items()})
+        entropy = None if self.entropy is None else function(self.entropy)
+        top = None if self.top is None else function(self.top)
+        return TokenLogProbs(logp=function(self.logp), entropy=entropy, top=top)
 
 
 @dataclass(kw_only=True, slots=True)

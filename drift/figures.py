@@ -31,7 +31,8 @@ def update_figures(
     """
     one = torch.ones((), dtype=torch.float32, device=noisy.row.device)
     found = [output.mismatch for output in outputs if output.mismatch is not None]
-    values = {f"loss/{name}": [output.parts[name] for output in outputs] for name in parts}
+    # What is of whole completions comes in an output of its own, apart from the micro-batches'.
+    values = {f"loss/{name}": [o.parts[name] for o in outputs if name in o.parts] for name in parts}
     values["loss/total"] = [output.loss.detach() for output in outputs]
     values |= {name: [getattr(output, name) for output in outputs] for name in _COUNTS}
     values |= {f"mismatch/{name}": [getattr(part, name) for part in found] for name in _MISMATCH}

@@ -17,7 +17,6 @@ def token_logprobs(
     *,
     entropy: bool = False,
     top: bool = False,
-    temperature: float = 1.0,
     width: int | None = None,
     one_pass: bool = False,
 ) -> TokenLogProbs:
@@ -29,7 +28,6 @@ def token_logprobs(
         entropy: also give the entropy of the distribution at every scored position, with its graph.
         top: also give the log-probability of the likeliest token wherever a draw decided over a commit, with
             its graph.
-        temperature: of the softmax of tokens and entropies, > 0; likeliest tokens are untempered.
         width: tokens whose logits exist at once; None: see `drift.token_scores.tile_width`.
         one_pass: feed all states at once; False: states of unlike lengths one after the other, without the
             padding between them.
@@ -42,24 +40,19 @@ def token_logprobs(
     looked_at = batch.scored if decided is None else batch.scored | decided
     hidden = torch.cat([_states(policy, batch.select(group), looked_at[group]) for group in groups])
     order = torch.cat(groups)
-    looked_at, scored = looked_at[order], batch.scored[order]
-    illegal = policy.illegal_token_ids
-    blank = torch.zeros(scored.shape, dtype=torch.float32, device=hidden.device)
-
-    def read(where: Tensor, use: TokenScores, heat: float = 1.0) -> list[Tensor]:
-        """[M,C] of the scores at some of the positions that were looked at."""
-        states = hidden if where is looked_at else hidden[where[looked_at]]
-        found = policy.head(states if heat == 1 else states / heat, use)
-        return [blank.masked_scatter(where, values)[order.argsort()] for values in found]
-
-    here = looked_at if decided is None else scored
-    found = read(here, TokenScores(batch.targets[order][here], illegal, entropy, width), temperature)
-    likeliest = None
-    if decided is not None:
-        at = decided[order]
-        tokens = torch.zeros_like(batch.targets[order][at])
-        likeliest = read(at, TokenScores(tokens, illegal, width=width, top=True))[1]
-    return TokenLogProbs(logp=found[0], entropy=found[1] if entropy else None, top=likeliest)
+    looked_at = looked_at[order]
+    targets = batch.targets[order][looked_at]
+    scores = TokenScores(targets, policy.illegal_token_ids, entropy, width, decided is not None)
+    blank = torch.zeros(looked_at.shape, dtype=torch.float32, device=hidden.device)
+    found = [
+        blank.masked_scatter(looked_at, values)[order.argsort()] for values in policy.head(hidden, scores)
+    ]
+    if decided is None:
+        return TokenLogProbs(logp=found[0], entropy=found[1] if entropy else None)
+    # Where only the likeliest token counts, the target may be one that has no probability.
+    seen = [torch.where(batch.scored, values, 0.0) for values in found[:-1]]
+    likeliest = torch.where(decided, found[-1], 0.0)
+    return TokenLogProbs(logp=seen[0], entropy=seen[1] if entropy else None, top=likeliest)
 
 
 def _states(policy: DiffusionLM, batch: MaskedBatch, looked_at: Tensor) -> Tensor:

@@ -3,118 +3,25 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from drift.contract import LossOutput, MaskedBatch, TokenLogProbs, require
+from drift.contract import LossOutput, MaskedBatch, Rollout, TokenLogProbs
+from drift.loss_config import KL, LossConfig, Normalisation
 from drift.mismatch import importance_weights, measure_mismatch
 
-KL = Literal["k1", "k2", "k3"]
-Normalisation = Literal["token", "sample", "trajectory"]
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """Settings of the policy loss.
-
-    Args:
-        tau: clipped clean state: a token not committed at the noisy state's own timestep counts only where
-            its probability is at least tau, in [0, 1]; 0 keeps all. None: only those that were committed at
-            it count, and no other is scored: the likelihood of what the policy did.
-        beta: weight of the KL to the reference; 0: no reference is loaded.
-        kl: estimator of the KL, k1, k2 or k3 (Schulman, "Approximating KL divergence", 2020).
-        eps_low: PPO clip below 1 - eps_low; several updates per rollout only.
-        eps_high: PPO clip above 1 + eps_high.
-        entropy_coeff: weight of |H_ref - H| (of H without a reference).
-        normalisation: rows without a gradient (no advantage, beta and entropy_coeff 0) are left out of all
-            counts; `token` divides by the kept tokens of the whole batch, `sample` by those of
-            each row, then by rows; `trajectory` sums a row's kept tokens over all its timesteps, as the plan
-            estimates that sum, and divides by rows: with tau null the policy gradient itself.
-        importance_cap: the policy-gradient term of a token committed at the noisy state's own timestep is
-            multiplied by min(update's probability / rollout's probability, importance_cap), both of the
-            weights that made the rollout, >= 1, such as 2.0: against cached or low-precision rollouts, whose
-            probabilities differ from those of the update. None: no weights.
-        temperature: of the softmax whose log-probabilities the tokens have here, > 0: that of the rollouts,
-            to learn from the likelihood with which tokens were drawn. Commits are untempered, as in rollouts.
-        token_weight: weight of the tokens' likelihood in the policy-gradient term, >= 0; 0 for rollouts at
-            temperature 0, whose tokens are no choice.
-        negative_weight: factor of the tokens' policy-gradient term where the advantage is below 0, >= 0; 0
-            learns tokens from what did better than its group alone. Commits are learned from both.
-        commit_weight: weight of the likelihood of commits that draws decided (decode.commit: stochastic),
-            >= 0; 1 is the policy gradient of what was sampled. Draws that committed give log q, positions of
-            the block that they left masked log(1 - q), under the same normalisation as the tokens of their
-            noisy state. Without such draws there is no such term.
-
-    Raises:
-        ConfigError: where a value is outside its range.
-    """
-
-    tau: float | None = 0.6
-    beta: float = 0.0
-    kl: KL = "k3"
-    eps_low: float = 0.2
-    eps_high: float = 0.2
-    entropy_coeff: float = 0.0
-    normalisation: Normalisation = "token"
-    importance_cap: float | None = None
-    temperature: float = 1.0
-    token_weight: float = 1.0
-    negative_weight: float = 1.0
-    commit_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        require(
-            self,
-            self.tau is None or 0 <= self.tau <= 1,
-            "tau",
-            "set it to a probability in [0, 1], or null for the tokens committed at the timestep alone",
-        )
-        good = 1e-3 <= self.temperature <= 1e3
-        require(self, good, "temperature", "set it to that of the rollouts, from 1e-3 to 1e3")
-        for key in ("token_weight", "negative_weight", "commit_weight"):
-            value = getattr(self, key)
-            require(self, math.isfinite(value) and value >= 0, key, "set it to 0 or a positive number")
-        require(
-            self,
-            math.isfinite(self.beta) and self.beta >= 0,
-            "beta",
-            "set it to 0 (no reference) or a positive number",
-        )
-        require(self, self.kl in get_args(KL), "kl", f"choose one of {list(get_args(KL))}")
-        require(self, 0 <= self.eps_low < 1, "eps_low", "set it in [0, 1)")
-        require(self, self.eps_high >= 0, "eps_high", "set it to 0 or more")
-        require(self, math.isfinite(self.entropy_coeff), "entropy_coeff", "set it to a finite number")
-        require(
-            self,
-            self.normalisation in get_args(Normalisation),
-            "normalisation",
-            f"choose one of {list(get_args(Normalisation))}",
-        )
-        require(
-            self,
-            self.importance_cap is None or (math.isfinite(self.importance_cap) and self.importance_cap >= 1),
-            "importance_cap",
-            "set it to a finite number of 1 or more, or null for no importance weights",
-        )
-
-    def part_names(self, num_updates: int, *, commits: bool = False) -> list[str]:
-        """The parts of the loss that say something with these settings.
-
-        Args:
-            num_updates: optimizer steps from each rollout.
-            commits: whether draws decided over commits.
-        """
-        names = (
-            ["policy"]
-            + ["commit"] * commits
-            + ["kl"] * (self.beta > 0)
-            + ["entropy"] * (self.entropy_coeff != 0)
-        )
-        return names + ["ratio", "clip_fraction"] * (num_updates > 1)
+__all__ = [
+    "KL",
+    "LossConfig",
+    "Normalisation",
+    "kept_per_slot",
+    "kept_tokens",
+    "kl_estimate",
+    "moving_rows",
+    "rldf_loss",
+]
 
 
 def kept_tokens(feedback: TokenLogProbs, batch: MaskedBatch, tau: float | None) -> Tensor:
@@ -156,6 +63,7 @@ def rldf_loss(
     *,
     old: TokenLogProbs | None = None,
     reference: TokenLogProbs | None = None,
+    coefficients: Tensor | None = None,
     num_kept: Tensor | None = None,
     num_rows: Tensor | float | None = None,
 ) -> LossOutput:
@@ -168,6 +76,9 @@ def rldf_loss(
         old: log-probabilities at the same noisy states before the first update of this rollout: PPO's
             clipped ratio. None: there is one update per rollout, REINFORCE.
         reference: those of the frozen reference; None leaves the KL out.
+        coefficients: [M,C] derivatives of a sequence-level objective with respect to the tokens'
+            log-probabilities, which take the place of the tokens' policy-gradient term: it has their
+            gradient, and the value 0. None: the loss is one of tokens.
         num_kept: [K] kept tokens per slot of the whole batch; None: these states are the whole batch.
         num_rows: rows of the whole batch; None: these states are the whole batch.
 
@@ -185,13 +96,18 @@ def rldf_loss(
     # Only kept tokens from here on: an infinite value at a dropped token would turn into NaN in backward.
     logp = policy.logp[kept]
     advantages = batch.advantages[:, None].expand_as(kept)[kept]
-    before = None if old is None else old.logp[kept]
-    objective, ratio, clipped = policy_objective(logp, before, advantages, config)
+    weight = config.token_weight * torch.where(advantages < 0, config.negative_weight, 1.0)
     if config.importance_cap is not None:
-        objective = objective * importance_weights(proximal.logp, batch, config.importance_cap)[kept]
-    objective = config.token_weight * torch.where(advantages < 0, config.negative_weight, 1.0) * objective
-    per_token = {"policy": -objective, "ratio": ratio, "clip_fraction": clipped}
-    total = -objective
+        weight = weight * importance_weights(proximal.logp, batch, config.importance_cap)[kept]
+    per_token: dict[str, Tensor] = {}
+    if coefficients is None:
+        before = None if old is None else old.logp[kept]
+        objective, ratio, clipped = policy_objective(logp, before, advantages, config)
+        per_token = {"policy": -weight * objective, "ratio": ratio, "clip_fraction": clipped}
+        loss, total = logp.new_zeros(()), -weight * objective
+    else:
+        # The coefficients have the whole batch's reduction in them.
+        loss, total = -(weight * coefficients[kept] * (logp - logp.detach())).sum(), 0 * logp
     if reference is not None:
         per_token["kl"] = kl_estimate(logp, reference.logp[kept], config.kl)
         if config.beta:
@@ -201,7 +117,7 @@ def rldf_loss(
     if config.entropy_coeff:
         total = total + config.entropy_coeff * _entropy_term(policy, reference, kept)
     parts = {name: (share * value.detach()).sum() for name, value in per_token.items()}
-    loss = (share * total).sum()
+    loss = loss + (share * total).sum()
     if policy.top is not None and config.commit_weight:
         commits = commit_loss(policy, batch, state_share, config, old)
         loss, parts["commit"] = loss + commits, commits.detach()
@@ -275,6 +191,25 @@ def commit_loss(
     )
     objective, _, _ = policy_objective(logp, before, advantages, config)
     return -config.commit_weight * (share * objective).sum()
+
+
+def moving_rows(rollout: Rollout, config: LossConfig) -> Tensor | None:
+    """[N] bool, rows of advantages that have a gradient; None: all.
+
+    Without KL and entropy term they are those whose advantage is not 0, or is above 0 where nothing is
+    learned from what did worse than its group.
+
+    Args:
+        rollout: N rollouts with advantages.
+        config: settings.
+    """
+    assert rollout.advantages is not None
+    if config.beta > 0 or config.entropy_coeff:
+        return rollout.trained
+    moving = rollout.advantages != 0
+    if config.negative_weight == 0 and (rollout.commit_kind is None or config.commit_weight == 0):
+        moving = rollout.advantages > 0
+    return moving if rollout.trained is None else moving & rollout.trained
 
 
 def _entropy_term(policy: TokenLogProbs, reference: TokenLogProbs | None, kept: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from drift.distributed import (
 from drift.figures import update_figures
 from drift.finite import finite_on_all_ranks
 from drift.logprobs import token_logprobs
-from drift.losses import LossConfig, kept_per_slot, kept_tokens, rldf_loss
+from drift.losses import LossConfig, kept_per_slot, kept_tokens, moving_rows, rldf_loss
 from drift.masking import masked_batch
 from drift.measured_module import placed_rollout, require_rollout
 from drift.micro_batches import micro_batches
@@ -42,6 +42,7 @@ from drift.policy_module import DType, PolicyModule
 from drift.randomness import fold
 from drift.samplers import TimestepSampler, WeightedSampler
 from drift.selection import best_groups
+from drift.sequence_loss import SequenceOutput, sequence_coefficients
 
 # Sets the draws of plans apart from those of the rollout, which are keyed by the same seeds.
 _PLAN = -1
@@ -161,7 +162,7 @@ class RLDFModule(PolicyModule):
         start = time.perf_counter()
         rollout = self._with_advantages(batch)
         plan = self.sampler.plan(self._keyed(rollout, batch.update))
-        current, moving = self.loss.tau is None, self._moving(rollout)
+        current, moving = self.loss.tau is None, moving_rows(rollout, self.loss)
         noisy = masked_batch(rollout, plan, self.policy.mask_token_id, moving, current_only=current)
         noisy.num_slots = max_over_ranks(noisy.num_slots, self.device)
         parts = micro_batches(noisy, self.micro_batch_size, self.micro_batch_tokens)
@@ -171,13 +172,15 @@ class RLDFModule(PolicyModule):
         require_agreement("the shape of an update", shape | plan_shape)
         old = self._old_logprobs(noisy, batch.update, parts)
         totals = self._totals(noisy, old, parts)
-        outputs = []
+        whole = self._sequence_level(noisy, old, parts, totals)
+        outputs = [] if whole is None else [whole.output()]
         self.trained_probs = torch.zeros_like(rollout.completion_ids, dtype=torch.float32)
         for number, part in enumerate(parts, start=1):
             states = noisy.select(part)
             policy = self._score(self.policy, states)
             reference = self._reference_logprobs(states)
             before = None if old is None else old.select(part)
+            totals["coefficients"] = None if whole is None else whole.coefficients[part]
             output = rldf_loss(policy, states, self.loss, old=before, reference=reference, **totals)
             if not finite_on_all_ranks(output.loss):
                 return self._skip("the loss", output.loss, batch)
@@ -210,24 +213,12 @@ class RLDFModule(PolicyModule):
         """The rollout under seeds of this update, so that each update draws a plan of its own."""
         return replace(rollout, seeds=None if rollout.seeds is None else fold(rollout.seeds, _PLAN, update))
 
-    def _moving(self, rollout: Rollout) -> Tensor | None:
-        """[N] bool, rows that move the weights: without KL and entropy those with an advantage; None: all."""
-        assert rollout.advantages is not None
-        if self.loss.beta > 0 or self.loss.entropy_coeff:
-            return rollout.trained
-        moving = rollout.advantages != 0
-        if self.loss.negative_weight == 0 and (rollout.commit_kind is None or self.loss.commit_weight == 0):
-            moving = rollout.advantages > 0
-        return moving if rollout.trained is None else moving & rollout.trained
-
     def _score(self, model: DiffusionLM, states: MaskedBatch) -> TokenLogProbs:
         with self.trainer.precision_plugin.forward_context():
             # Passes through a sharded policy communicate: every rank makes one.
             together, entropy = self.device_mesh is not None, self.loss.entropy_coeff != 0
-            commits, heat = self.loss.commit_weight > 0, self.loss.temperature
-            return token_logprobs(
-                model, states, entropy=entropy, top=commits, temperature=heat, one_pass=together
-            )
+            commits = self.loss.commit_weight > 0
+            return token_logprobs(model, states, entropy=entropy, top=commits, one_pass=together)
 
     @torch.no_grad()
     def _reference_logprobs(self, states: MaskedBatch) -> TokenLogProbs | None:
@@ -257,9 +248,7 @@ class RLDFModule(PolicyModule):
             return self._score_all(noisy, parts)
 
     @torch.no_grad()
-    def _totals(
-        self, noisy: MaskedBatch, old: TokenLogProbs | None, parts: list[Tensor]
-    ) -> dict[str, Tensor]:
+    def _totals(self, noisy: MaskedBatch, old: TokenLogProbs | None, parts: list[Tensor]) -> dict[str, Any]:
         """Kept tokens per slot and rows with noisy states, over all micro-batches and ranks."""
         num_rows = sum_over_ranks(torch.tensor(noisy.row.unique().numel(), device=self.device))
         if not self.loss.tau or self.loss.normalisation != "token":
@@ -269,6 +258,16 @@ class RLDFModule(PolicyModule):
         # Which tokens are kept only probabilities tell, and how many must be known before any backward pass.
         kept = kept_tokens(old or self._score_all(noisy, parts), noisy, self.loss.tau)
         return {"num_kept": sum_over_ranks(kept_per_slot(kept, noisy)), "num_rows": num_rows}
+
+    def _sequence_level(
+        self, noisy: MaskedBatch, old: TokenLogProbs | None, parts: list[Tensor], totals: dict[str, Any]
+    ) -> SequenceOutput | None:
+        """The objective of plans whose action is a whole completion, whose states are needed together."""
+        if noisy.sequence is None:
+            return None
+        with torch.no_grad():
+            now = self._score_all(noisy, parts)
+        return sequence_coefficients(now, noisy, self.loss, old=old, num_rows=totals["num_rows"])
 
     def _keep_feedback(self, states: MaskedBatch, policy: TokenLogProbs) -> None:
         """Records the training feedback: a token's probability is that of its commit only at its timestep."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drift.contract import MaskedBatch, SequenceLevel, TokenLogProbs
+from drift.contract import LossOutput, MaskedBatch, SequenceLevel, TokenLogProbs
+from drift.loss_config import LossConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,12 +25,17 @@ class SequenceOutput:
     # name -> [] float32, mean over the rows of all ranks: `policy`, the loss, `ratio` and `clip_fraction`
     parts: dict[str, Tensor]
 
+    def output(self) -> LossOutput:
+        """The values, for the sums over micro-batches, whose own losses have gradients and the value 0."""
+        loss = self.parts["policy"]
+        none = torch.zeros((), dtype=torch.int64, device=loss.device)
+        return LossOutput(loss=loss, parts=self.parts, num_kept=none, num_scored=none)
+
 
 def sequence_coefficients(
     now: TokenLogProbs,
     noisy: MaskedBatch,
-    eps_low: float,
-    eps_high: float,
+    config: LossConfig,
     *,
     old: TokenLogProbs | None = None,
     num_rows: Tensor | float | None = None,
@@ -47,8 +53,7 @@ def sequence_coefficients(
         now: log-probabilities of the model being trained, at all states of this rank; their graph is not
             used.
         noisy: the M states, all those of a row among them, of a plan that says how they make a likelihood.
-        eps_low: clip below 1 - eps_low; several updates per rollout only.
-        eps_high: clip above 1 + eps_high.
+        config: the clip of several updates per rollout.
         old: log-probabilities at the same states before the first update; None: one update per rollout.
         num_rows: rows of all ranks that have states; None: those here.
     """
@@ -66,7 +71,7 @@ def sequence_coefficients(
         before, _ = _likelihood(old.logp.detach().double(), noisy, place, advantages)
         scale = length if level.whole_ratio else torch.ones_like(length)
         ratio = ((value - before) * scale).exp()
-        bounded = ratio.clamp(1 - eps_low, 1 + eps_high)
+        bounded = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
         clipped = (bounded * advantages < ratio * advantages).double()
         objective = torch.minimum(ratio * advantages, bounded * advantages) / scale
         # A ratio outside its bounds on the other side still has a gradient: the minimum is the ratio's own.

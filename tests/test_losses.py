@@ -81,7 +81,7 @@ OPTIONS += [
 
 
 # Commits are worked by hand, and in the walk through all trajectories.
-TAKEN = set(LossConfig.__dataclass_fields__) - {"commit_weight", "temperature"}
+TAKEN = set(LossConfig.__dataclass_fields__) - {"commit_weight", "negative_weight"}
 
 
 def name(config: LossConfig) -> str:

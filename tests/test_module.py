@@ -23,7 +23,14 @@ from drift.optimizer import OptimizerConfig
 from drift.randomness import fold
 from drift.rewards.base import PerSampleReward
 from drift.rollout import DenoiseConfig
-from drift.samplers import FullSampler, RandomMaskSampler, WeightedSampler
+from drift.samplers import (
+    CoupledElboSampler,
+    FullSampler,
+    ProportionalSampler,
+    RandomMaskSampler,
+    SandwichedSampler,
+    WeightedSampler,
+)
 
 DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
 CACHED = replace(DECODE, block_length=4, use_cache=True)
@@ -210,6 +217,55 @@ def test_weighted_steps_of_cached_rollouts_are_those_of_the_plain_computation(
 ):
     loss = LossConfig(tau=0.6, beta=0.3, importance_cap=1.2)
     assert_plain_steps(train, oracle, tiny_folder, other_folder, loss, num_updates, decode=CACHED)
+
+
+EXACT = LossConfig(tau=None, normalisation="trajectory", eps_low=1e-4, eps_high=2e-4)
+DRAWN = replace(DECODE, commit="stochastic", width=0.2)
+LEVELS = {
+    "commits": (FullSampler(), EXACT, DRAWN),
+    "commits, cached": (ProportionalSampler(k=2), EXACT, replace(DRAWN, block_length=4, use_cache=True)),
+    "commits alone": (FullSampler(), replace(EXACT, token_weight=0.0), replace(DRAWN, temperature=0.0)),
+    "ESPO": (CoupledElboSampler(k=2), LossConfig(beta=0.3), DECODE),
+    "SPG": (SandwichedSampler(k=3), LossConfig(), DECODE),
+}
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("num_updates", [1, 2])
+def test_commits_and_whole_completions_do_not_depend_on_micro_batches(train, name: str, num_updates: int):
+    sampler, loss, decode = LEVELS[name]
+    settings = {"sampler": sampler, "loss": loss, "decode": decode, "num_updates": num_updates}
+    figures: list[dict[str, float]] = []
+
+    class Figures(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            figures.append({n: float(v) for n, v in trainer.callback_metrics.items() if "loss/" in n})
+
+    results = [
+        train(num_updates, callbacks=(Figures(),), micro_batch_size=size, **settings)[1]
+        for size in (1000, 7, 1)
+    ]
+    for run, update in product((1, 2), range(num_updates)):
+        assert_same_gradients(results[run].gradients[update], results[0].gradients[update])
+        assert figures[run * num_updates + update] == pytest.approx(figures[update], rel=1e-4, abs=1e-6)
+    assert ("loss/commit" in figures[0]) == ("commits" in name)
+    assert figures[0]["loss/total"] != 0
+    assert max(float(value.abs().max()) for value in results[0].gradients[0].values()) > 0
+
+
+def test_draws_of_commits_need_a_sampler_that_replays_them(train):
+    with pytest.raises(ConfigError, match=r"model.sampler is RandomMaskSampler: .*commit_weight: 0"):
+        train(sampler=RandomMaskSampler(), decode=DRAWN)
+    train(sampler=RandomMaskSampler(), decode=DRAWN, loss=LossConfig(commit_weight=0.0))
+
+
+def test_nothing_is_computed_for_what_did_worse_where_its_weight_is_0(train):
+    _, all_rows = train(loss=LossConfig())
+    _, better = train(loss=LossConfig(negative_weight=0.0))
+    advantages = plain_advantages(all_rows.batches[0].rollout.rewards.sum(dim=1))
+    assert (advantages < 0).any()
+    assert better.rows == [set((advantages > 0).nonzero()[:, 0].tolist())]
+    assert all_rows.rows == [set((advantages != 0).nonzero()[:, 0].tolist())]
 
 
 def assert_plain_steps(

@@ -167,7 +167,7 @@ def relative_error(
 ) -> float:
     """How far the expected estimate is from the gradient of the expected reward."""
     paths = walk(policy, config, rule)
-    assert float(sum(path.probability for path in paths)) == pytest.approx(1, abs=1e-5)
+    assert float(sum(path.probability.detach() for path in paths)) == pytest.approx(1, abs=1e-5)
     expected = torch.stack([path.probability * reward(path.tokens) for path in paths]).sum()
     exact = _gradient(policy, expected)
     rollout = as_rollout(paths, config)

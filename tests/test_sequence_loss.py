@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from drift.contract import MaskedBatch, SequenceLevel, TokenLogProbs
+from drift.losses import LossConfig
 from drift.sequence_loss import sequence_coefficients
 
 ROWS = [0, 2, 0, 1, 2]  # of each state
@@ -99,7 +100,9 @@ def test_coefficients_give_the_gradient_of_the_objective(
     expected = loss_in_plain_loops(logp, old, batch, level, (low, high))
     (gradient,) = torch.autograd.grad(expected, logp)
     before = None if old is None else TokenLogProbs(logp=old)
-    found = sequence_coefficients(TokenLogProbs(logp=logp.detach()), batch, low, high, old=before)
+    found = sequence_coefficients(
+        TokenLogProbs(logp=logp.detach()), batch, LossConfig(eps_low=low, eps_high=high), old=before
+    )
     torch.testing.assert_close(found.parts["policy"], expected.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
         -found.coefficients * batch.scored, gradient * batch.scored, rtol=1e-5, atol=1e-8
@@ -114,7 +117,7 @@ def test_a_clipped_ratio_worked_by_hand():
     # Per token each row's likelihood is the mean: 0.3 higher in row 0 (A 1.5), 0.1 lower in row 2 (A -0.5).
     now = torch.tensor([-0.7, -0.7, -1.1, -1.1])[:, None].expand(4, 4)
     found = sequence_coefficients(
-        TokenLogProbs(logp=now), batch, 0.2, 0.2, old=TokenLogProbs(logp=old), num_rows=4
+        TokenLogProbs(logp=now), batch, LossConfig(), old=TokenLogProbs(logp=old), num_rows=4
     )
     # Row 0: e^0.3 = 1.3499 is clipped at 1.2. Row 2: e^-0.1 = 0.9048 is not. Of 4 rows on all ranks, 2 here.
     assert found.parts["ratio"].item() == pytest.approx((1.3499 + 0.9048) / 4, abs=1e-4)
@@ -132,7 +135,7 @@ def test_the_upper_bound_worked_by_hand():
     batch.weight, batch.advantages = torch.tensor([0.5, 1.0]), torch.tensor([-1.0, -1.0])
     batch.length = torch.tensor([2.0, 2.0])
     now = torch.tensor([[0.5, 0.5, 1.0, 1.0], [1.0, 0.8, 1.0, 1.0]]).log()
-    found = sequence_coefficients(TokenLogProbs(logp=now), batch, 0.2, 0.2)
+    found = sequence_coefficients(TokenLogProbs(logp=now), batch, LossConfig())
     # w(t) is weight * 2 tokens, halved in the mean: 0.5 and 1. Position 0: 0.5 * 0.25 = 0.125. Position 1:
     # 0.5 * 0.25 + 1 * 0.64 = 0.765. The bound is (ln 0.125 + ln 0.765) / 2 per power, / 2 per token =
     # -0.5868.
@@ -147,12 +150,12 @@ def test_the_upper_bound_worked_by_hand():
 def test_impossible_tokens_stay_numbers():
     batch = noisy(SequenceLevel(omega=0.5, beta=1.5))
     logp = torch.full((5, 4), -math.inf).masked_fill(~batch.scored, 0.0)
-    found = sequence_coefficients(TokenLogProbs(logp=logp), batch, 0.2, 0.2)
+    found = sequence_coefficients(TokenLogProbs(logp=logp), batch, LossConfig())
     assert not found.coefficients.isnan().any()
 
 
 def test_no_states_are_an_empty_loss():
     batch = noisy(SequenceLevel(omega=0.5)).select(torch.zeros(0, dtype=torch.int64))
-    found = sequence_coefficients(TokenLogProbs(logp=torch.zeros(0, 4)), batch, 0.2, 0.2, num_rows=3)
+    found = sequence_coefficients(TokenLogProbs(logp=torch.zeros(0, 4)), batch, LossConfig(), num_rows=3)
     assert found.coefficients.shape == (0, 4)
     assert found.parts["policy"].item() == 0

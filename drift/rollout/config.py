@@ -149,6 +149,7 @@ class DenoiseConfig:
                 "with commit: stochastic set it to `top`: the likelihood of positions that stayed masked "
                 "would need candidates that nobody kept",
             )
+        assert self.threshold is not None
         if self.score == "neg_entropy":
             require(
                 self,

@@ -48,6 +48,7 @@ def candidates(
     prob = prob.clamp(min=torch.finfo(torch.float32).tiny)
     if config.rule == "stochastic":
         assert uniforms is not None
+        assert config.threshold is not None
         chance = torch.sigmoid((best - config.threshold) / config.width)
         score = best.masked_fill(uniforms[:, 1] < chance, DRAWN_SCORE)
     elif config.score == "confidence":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ class TimestepSampler(ABC):
     """Chooses the noisy states that the policy gradient is estimated from: one class an estimator."""
 
     # Whether its plans replay timesteps: draws of commits have a likelihood only where they were made.
-    replays: ClassVar[bool] = True
+    replays: bool = True
 
     @abstractmethod
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:

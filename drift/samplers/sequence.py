@@ -28,6 +28,8 @@ class CoupledElboSampler(TimestepSampler):
         k: pairs of masks of a row, >= 1.
     """
 
+    replays = False
+
     def __init__(self, k: int = 1) -> None:
         require_positive("k", k)
         self.k = k
@@ -57,6 +59,8 @@ class QuadratureElboSampler(TimestepSampler):
     Args:
         k: points, >= 1.
     """
+
+    replays = False
 
     def __init__(self, k: int = 2) -> None:
         require_positive("k", k)
@@ -91,6 +95,8 @@ class SandwichedSampler(TimestepSampler):
         omega: share of the upper bound in the mixture, in [0, 1].
         block_length: positions of a block; None: masks of random tokens.
     """
+
+    replays = False
 
     def __init__(
         self, k: int = 2, beta: float = 1.5, omega: float = 0.5, block_length: int | None = None

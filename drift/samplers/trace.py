@@ -95,6 +95,7 @@ class TraceSampler(TimestepSampler):
     def __init__(self, shrink: int = 1) -> None:
         require_positive("shrink", shrink)
         self.shrink = shrink
+        self.replays = shrink == 1
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """As many noisy states as the longest row has merged timesteps; nothing is drawn."""
