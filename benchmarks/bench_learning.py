@@ -36,7 +36,7 @@ RECIPES = {
     "full": Recipe(sampler="FullSampler"),
     "random masks": Recipe(sampler="RandomMaskSampler"),
     "coupled masks": Recipe(sampler="CoupledMaskSampler"),
-    "full, commits": Recipe(sampler="FullSampler", loss=_EXACT, decode=_DRAWN, baseline="leave_one_out"),
+    "full, commits": Recipe(sampler="FullSampler", loss=_EXACT, decode=_DRAWN),
 }
 BEST = "full, commits"
 
