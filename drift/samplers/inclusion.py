@@ -53,25 +53,16 @@ def _counts(came: Tensor, k: int) -> Tensor:
 
 
 def proportional_inclusion(size: Tensor, k: int) -> Tensor:
-    """[N,S] float64, probabilities that are proportional to sizes, but 1 at most, and add up to k.
+    """[N,S] float64, probabilities min(1, k times a timestep's share of its row's size).
+
+    They add up to k, or to less, but at least 1, where one timestep has more than a k-th of it all.
 
     Args:
         size: [N,S] float64 >= 0; 0 where there is nothing to draw.
-        k: draws, >= 1; a row with no more timesteps gives all of them.
+        k: draws at most, >= 1.
     """
-    real = size > 0
-    ordered = size.sort(dim=1, descending=True).values
-    left = ordered.flip(1).cumsum(dim=1).flip(1)  # of the timestep and all smaller ones
-    num_before = torch.arange(size.shape[1], device=size.device)
-    # The largest are certain until, of what they leave to the rest, the next one's share is below 1.
-    certain = (ordered * (k - num_before) >= left).cumprod(dim=1).sum(dim=1, keepdim=True).clamp(max=k)
-    rest = left.gather(1, certain.clamp(max=size.shape[1] - 1))
-    factor = (k - certain) / rest.clamp(min=torch.finfo(size.dtype).tiny)
-    found = torch.where(
-        size.argsort(dim=1, descending=True, stable=True).argsort(dim=1) < certain, 1.0, size * factor
-    )
-    everything = real.sum(dim=1, keepdim=True) <= k
-    return torch.where(everything, 1.0, found).masked_fill(~real, 0.0)
+    total = size.sum(dim=1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+    return (k * size / total).clamp(max=1.0)
 
 
 def systematic_draws(inclusion: Tensor, uniforms: Tensor) -> Tensor:
@@ -79,14 +70,14 @@ def systematic_draws(inclusion: Tensor, uniforms: Tensor) -> Tensor:
 
     Systematic sampling (Madow, "On the theory of systematic sampling, II", 1949): with the probabilities laid
     end to end, those are drawn in whose stretch one of u, u + 1, u + 2 ... falls. As many are drawn as the
-    probabilities add up to, and neighbours seldom together.
+    probabilities add up to, rounded up or down, and neighbours seldom together.
 
     Args:
-        inclusion: [N,S] float64 in [0,1], of each row a whole number in all.
+        inclusion: [N,S] float64 in [0,1].
         uniforms: [N,1] float64 in (0,1).
     """
     until = inclusion.cumsum(dim=1)
-    # The last of each row ends at a whole number, which rounding must not miss.
+    # Where a stretch ends at a whole number, rounding must not miss it.
     until = torch.where((until - until.round()).abs() < 1e-9, until.round(), until)
     num_passed = until.floor() + (until.frac() > uniforms)
     return num_passed.diff(dim=1, prepend=torch.zeros_like(uniforms)) > 0

@@ -11,19 +11,21 @@ from drift.samplers.inclusion import inverse_weights, proportional_inclusion, sy
 
 
 class ProportionalSampler(TimestepSampler):
-    """k different timesteps of every row, with probabilities proportional to the size of their gradients.
+    """Up to k different timesteps of every row, with chances proportional to the size of their gradients.
 
     With inclusion probabilities proportional to what is summed, an estimate from few draws has the least
-    error, and weights by their inverses make it unbiased whatever they are (Horvitz and Thompson, 1952).
-    The gradient of a token's log p with respect to its logits is about 1 - p long, and those of several
-    tokens are nearly at right angles: a timestep's size is the root of the sum of (1 - p)^2 over the valid
-    tokens that it committed. Draws are systematic (Madow, 1949), spread over the trajectory. A row with no
-    more than k timesteps gives each once. Unbiased under the loss normalisations `sample` and `trajectory`.
+    error, and weights by their inverses make it unbiased whatever they are (Horvitz and Thompson, 1952). The
+    gradient of a token's log p with respect to its logits is about 1 - p long, and those of several tokens
+    are nearly at right angles: a timestep's size is the root of the sum of (1 - p)^2 over the valid tokens
+    that it committed. One with more than a k-th of its row's size is certain to be drawn, and what it has
+    beyond that is not spent on others: a row in which a few timesteps decide costs few passes. Draws are
+    systematic (Madow, 1949), spread over the trajectory. Unbiased under the loss normalisations `sample` and
+    `trajectory`.
 
     Args:
-        k: timesteps of a row, >= 1.
-        floor: share of the row's mean size that is added to every size, > 0, so that none is drawn hardly
-            ever: 0.1 where the loss learns from the tokens alone that a timestep committed, 0.3 where from
+        k: timesteps of a row at most, >= 1.
+        floor: share of the row's mean size that is added to every size, > 0, so that none is hardly ever
+            drawn: 0.03 where the loss learns from the tokens alone that a timestep committed, 0.3 where from
             other masked tokens too, which the size leaves out.
     """
 
@@ -47,7 +49,7 @@ class ProportionalSampler(TimestepSampler):
         return torch.where(count > 0, total + (self.floor * mean).clamp(min=1e-9), 0.0)
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
-        """k noisy states a row; see `TimestepSampler.plan`."""
+        """At most k noisy states a row; see `TimestepSampler.plan`."""
         inclusion = proportional_inclusion(self.sizes(rollout), self.k)
         drawn = systematic_draws(inclusion, draws(rollout, 1, generator))
         timesteps = drawn.long().argsort(dim=1, descending=True, stable=True)[:, : self.k]
