@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer, seed_everything
 
 from drift import samplers
@@ -39,6 +38,7 @@ class Subject:
         length: positions of a completion, one block.
         base_steps: steps of fine-tuning on demonstrations that make the base policy; 0: a shipped policy.
         policy: the shipped policy, or the one whose shape and tokenizer the base has.
+        prompts: of a step.
     """
 
     task: type[Task]
@@ -46,6 +46,7 @@ class Subject:
     length: int = 16
     base_steps: int = 0
     policy: str = "sudoku_base"
+    prompts: int = 64
 
     def make(self, seed: int) -> Any:
         """The task under a seed."""
@@ -53,7 +54,7 @@ class Subject:
 
 
 SUBJECTS = {
-    "quickstart": Subject(task=SudokuTask, settings={"blanks": (6, 9)}),
+    "quickstart": Subject(task=SudokuTask, settings={"blanks": (6, 9)}, prompts=16),
     "sudoku": Subject(task=SudokuTask, settings={"blanks": (8, 12)}, base_steps=550),
     "countdown": Subject(
         task=CountdownTask,
@@ -100,7 +101,6 @@ class Run:
         lr: learning rate.
         seed: of prompts, rollouts and plans.
         budget: passes of rows through the policy; a noisy state that is learned from counts three.
-        prompts: prompts of a step.
     """
 
     subject: str
@@ -108,7 +108,6 @@ class Run:
     lr: float
     seed: int
     budget: float
-    prompts: int = 64
 
 
 class Curve(Callback):
@@ -200,12 +199,12 @@ def learn(run: Run, recipe: Recipe, bases: Path, device: str, evaluate: int = 10
     )
     curve, rollout = Curve(run), _rollout(subject, recipe, run.seed)
     trainer = _trainer(100_000, device, [rollout, curve], evaluate)
-    data = _data(subject, run.seed, run.prompts)
+    data = _data(subject, run.seed)
     trainer.validate(module, data, verbose=False)
     curve.on_validation_end(trainer, module)
     trainer.fit(module, data)
     # Puzzles of another seed, and of another split than those that settings were chosen by.
-    fresh = _data(subject, _TEST_SEED + run.seed, run.prompts)
+    fresh = _data(subject, _TEST_SEED + run.seed)
     trainer.test(module, fresh, verbose=False)
     final = accuracies(module)
     base = RLDFModule(policy, loss=loss)
@@ -214,10 +213,10 @@ def learn(run: Run, recipe: Recipe, bases: Path, device: str, evaluate: int = 10
     return {**vars(run), **counts, "base": accuracies(base), "final": final, "curve": curve.points}
 
 
-def _data(subject: Subject, seed: int, prompts: int) -> PromptDataModule:
+def _data(subject: Subject, seed: int) -> PromptDataModule:
     return PromptDataModule(
         subject.make(seed),
-        prompts_per_step=prompts,
+        prompts_per_step=subject.prompts,
         num_validation=NUM_VALIDATION,
         num_test=NUM_TEST,
         evaluation_batch_size=NUM_TEST,
@@ -247,7 +246,6 @@ def _rollout(subject: Subject, recipe: Recipe, seed: int) -> RolloutCallback:
 
 
 def _trainer(steps: int, device: str, callbacks: list[Callback], evaluate: int) -> Trainer:
-    torch.set_num_threads(torch.get_num_threads())
     return Trainer(
         accelerator=device,
         devices=1,
