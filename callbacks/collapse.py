@@ -146,8 +146,8 @@ class CollapseCallback(Callback):
         return (
             f"over the last {self.window} steps the mean reward fell from {self.best[0]:.2f} to {now[0]:.2f} "
             f"and the timesteps per answer from {self.best[1]:.1f} to {now[1]:.1f}: the policy commits more "
-            "tokens at once than it can get right (over-confident collapse); lower model.optimizer.lr or "
-            "raise model.loss.beta"
+            "tokens at once than it can get right (over-confident collapse); lower model.optimizer.lr, raise "
+            "model.loss.beta, or let it learn when to commit (--config rldf_commit)"
         )
 
     def look_at_spread(self, spread: float) -> str | None:

@@ -18,7 +18,7 @@ from drift.models.characters import character_tokenizer
 from drift.module import RLDFModule
 from drift.rewards import CodeReward, MathReward
 from drift.rollout import DenoiseConfig
-from drift.samplers import TimestepSampler, WeightedSampler
+from drift.samplers import ProportionalSampler, TimestepSampler, WeightedSampler
 from drift.sft import SFTModule
 from drift.strategy import ShardedStrategy
 from drift.tasks import CodeTask, MathTask
@@ -52,7 +52,7 @@ TASKS = {
     "sudoku9": ("llada_math", None),
 }
 STRATEGIES = {"ddp": DDPStrategy, "fsdp": ShardedStrategy}
-NAMES = ["base", "evaluate", "predict", *RECIPES]
+NAMES = ["base", "evaluate", "predict", "rldf_commit", *RECIPES]
 NAMES += [f"sampler/{name}" for name in SAMPLERS] + [f"task/{name}" for name in TASKS]
 NAMES += [f"strategy/{name}" for name in STRATEGIES]
 
@@ -83,7 +83,7 @@ def instantiate(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_config_is_known_here():
     assert {file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in FILES} == set(NAMES)
-    assert len(FILES) == 37
+    assert len(FILES) == 38
     assert set(shipped_configs()) == set(NAMES)
 
 
@@ -113,6 +113,19 @@ def test_every_sampler_config_is_an_overlay(instantiate, name: str):
     assert isinstance(sampler, TimestepSampler)
     assert type(sampler).__name__ == expected["class_path"].rpartition(".")[2]
     assert all(getattr(sampler, key) == value for key, value in expected.get("init_args", {}).items())
+
+
+@pytest.mark.parametrize("recipe", [name for name, command in RECIPES.items() if command == "fit"])
+def test_commits_are_learned_behind_every_recipe(instantiate, recipe: str):
+    require_sandbox("code" if "code" in recipe else "")
+    cli = instantiate("fit", "--config", recipe, "--config", "rldf_commit")
+    rollout = next(c for c in cli.trainer.callbacks if isinstance(c, RolloutCallback))
+    assert (rollout.decode.rule, rollout.decode.threshold, rollout.decode.width) == ("stochastic", 0.9, 0.03)
+    # Judged as it is used: by the plain threshold.
+    assert (rollout.evaluation.rule, rollout.evaluation.threshold) == ("threshold", 0.9)
+    assert isinstance(cli.model.sampler, ProportionalSampler)
+    assert cli.model.loss.normalisation == "trajectory"
+    assert (cli.model.loss.negative_weight, cli.model.loss.commit_weight) == (0, 1)
 
 
 @pytest.mark.parametrize("name", TASKS)
