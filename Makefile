@@ -36,8 +36,9 @@ format: setup  ## sort the imports, mend what ruff can, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## run every benchmark; each writes benchmarks/results/
-	@set -e; for script in benchmarks/bench_*.py; do $(BIN)/python $$script; done
+bench: setup  ## run every benchmark but bench_learning (a day); each writes benchmarks/results/
+	@set -e; for script in benchmarks/bench_*.py; do \
+		[ $$script = benchmarks/bench_learning.py ] || $(BIN)/python $$script; done
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache

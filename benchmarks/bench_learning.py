@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,18 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(run[name] for name in ("subject", "recipe", "lr", "seed", "budget"))
 
 
+def made(subject: str, recipe: str, budget: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The runs of a recipe, as it is set now, that have been made."""
+    wanted, settings = (subject, recipe, budget), json.loads(json.dumps(asdict(RECIPES[recipe])))
+    return [
+        run
+        for run in done()
+        if (run["subject"], run["recipe"], run["budget"]) == wanted
+        and run["settings"] == settings
+        and run["seed"] in seeds
+    ]
+
+
 def done() -> list[dict[str, Any]]:
     """All runs that have been made."""
     if not RUNS.exists():
@@ -71,7 +84,11 @@ def done() -> list[dict[str, Any]]:
 
 def make(runs: Iterable[Run], workers: int, device: str) -> None:
     """Makes the runs that have not been made, several at a time, each in a process of its own."""
-    known = {key(run) for run in done()}
+    known = {
+        key(run)
+        for run in done()
+        if run["settings"] == json.loads(json.dumps(asdict(RECIPES[run["recipe"]])))
+    }
     missing = [run for run in runs if key(vars(run)) not in known]
     threads = max(1, (os.cpu_count() or 1) // workers)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -91,39 +108,29 @@ def make(runs: Iterable[Run], workers: int, device: str) -> None:
 
 def best_lr(subject: str, recipe: str, budget: float) -> float:
     """The learning rate whose run on the seed for that ended best in validation."""
-    runs = [
-        run
-        for run in done()
-        if run["seed"] == LR_SEED
-        and (run["subject"], run["recipe"], run["budget"]) == (subject, recipe, budget)
-    ]
+    runs = made(subject, recipe, budget, [LR_SEED])
     return max(runs, key=lambda run: run["curve"][-1]["accuracy"])["lr"]
 
 
-def rows_of(subject: str, recipes: Sequence[str], budget: float) -> list[dict[str, Any]]:
-    """One row of the table for every recipe that was run on all seeds."""
+def rows_of(subject: str, budget: float) -> list[dict[str, Any]]:
+    """One row of the table for every recipe and learning rate that was run on all seeds."""
+    found = [(recipe, made(subject, recipe, budget, SEEDS)) for recipe in RECIPES]
     rows = []
-    for recipe in recipes:
-        runs = [
-            run
-            for run in done()
-            if (run["subject"], run["recipe"], run["budget"]) == (subject, recipe, budget)
-            and run["seed"] in SEEDS
-        ]
+    for recipe, lr in [(recipe, lr) for recipe, runs in found for lr in sorted({run["lr"] for run in runs})]:
+        runs = [run for run in made(subject, recipe, budget, SEEDS) if run["lr"] == lr]
         if len(runs) < len(SEEDS):
             continue
         rows.append(
             {
                 "recipe": recipe,
-                "lr": runs[0]["lr"],
-                "accuracy": _spread(runs, "final", "accuracy"),
+                "lr": lr,
                 "base": _spread(runs, "base", "accuracy"),
+                "accuracy": _spread(runs, "final", "accuracy"),
+                "one by one, base": _spread(runs, "base", "one by one"),
                 "one by one": _spread(runs, "final", "one by one"),
-                "base, one by one": _spread(runs, "base", "one by one"),
+                "timesteps, base": _spread(runs, "base", "timesteps", digits=2),
                 "timesteps": _spread(runs, "final", "timesteps", digits=2),
-                "base timesteps": _spread(runs, "base", "timesteps", digits=2),
-                "best - last, validation": f"{max(_fall(run) for run in runs):.3f}",
-                "reward": _spread([{"r": run["curve"][-1]} for run in runs], "r", "reward"),
+                "largest fall from the best": f"{max(_fall(run) for run in runs):.3f}",
                 "steps": round(statistics.mean(run["steps"] for run in runs)),
                 "seconds": round(statistics.mean(run["seconds"] for run in runs)),
             }
@@ -146,7 +153,7 @@ def _fall(run: dict[str, Any]) -> float:
 def report() -> None:
     """Writes tables and curves of all runs that have been made."""
     tables = {
-        f"{subject}, {budget / 1e6:g} million passes": rows_of(subject, list(RECIPES), budget)
+        f"{subject}, {budget / 1e6:g} million passes": rows_of(subject, budget)
         for subject in SUBJECTS
         for budget in sorted({run["budget"] for run in done() if run["subject"] == subject})
     }
@@ -166,11 +173,7 @@ def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
     panels = figure.subplots(1, len(SUBJECTS))
     for panel, subject in zip(panels, SUBJECTS, strict=True):
         for color, recipe in enumerate(RECIPES):
-            curves = [
-                run["curve"]
-                for run in runs
-                if (run["subject"], run["recipe"], run["budget"]) == (subject, recipe, BUDGETS[subject])
-            ]
+            curves = [run["curve"] for run in runs if (run["subject"], run["recipe"]) == (subject, recipe)]
             for curve in curves:
                 passes = [point["passes"] / 1e6 for point in curve]
                 label = recipe if curve is curves[0] else None

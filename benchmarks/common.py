@@ -128,12 +128,13 @@ def report(subject: str, found: Mapping[str, Sequence[Mapping[str, Any]]], *, qu
     path = RESULTS / f"bench_{subject}.json"
     recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() and not quick else {}
     groups = ("targets", "grid", "growth")
+    where = recorded.get("environment", {}) | dict.fromkeys(found, environment())
     found = {name: found.get(name) or recorded[name] for name in groups if name in found or name in recorded}
-    result = {"benchmark": subject, "quick": quick, **found, "environment": environment()}
-    markdown = (
-        f"# {subject.capitalize()}s\n\n`python benchmarks/bench_{subject}.py`, {result['environment']}\n"
+    result = {"benchmark": subject, "quick": quick, **found, "environment": where}
+    markdown = f"# {subject.capitalize()}s\n\n`python benchmarks/bench_{subject}.py`\n"
+    markdown += "".join(
+        f"\n## {name.capitalize()}\n\n{where[name]}\n\n{table(rows)}\n" for name, rows in found.items()
     )
-    markdown += "".join(f"\n## {name.capitalize()}\n\n{table(rows)}\n" for name, rows in found.items())
     write(f"bench_{subject}", result, markdown, partial(_ratios_and_growth, found), quick=quick)
 
 

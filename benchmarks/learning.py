@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +116,12 @@ class Curve(Callback):
     def __init__(self, run: Run) -> None:
         self.run = run
         self.points: list[dict[str, float]] = []
-        self.seconds = self.passes = 0.0
-        self._start = time.perf_counter()
+        self.seconds = self.passes = self._start = 0.0
         self._recent: list[tuple[float, float]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Starts the clock."""
+        self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -128,7 +131,8 @@ class Curve(Callback):
         figures = trainer.callback_metrics
         states = float(figures["update/noisy_states"])
         rolled_out = 0 if batch.rollout is None else int(batch.rollout.num_timesteps.sum())
-        self.passes += rolled_out + 3 * states
+        # Those of whole completions look at all states once more before any gradient.
+        self.passes += rolled_out + (4 if pl_module.sampler.__module__.endswith(".sequence") else 3) * states
         self._recent.append((float(figures["reward/mean"]), float(figures["rollout/timesteps"])))
         if self.passes >= self.run.budget:
             trainer.should_stop = True
@@ -136,15 +140,18 @@ class Curve(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops the clock."""
-        self.seconds += time.perf_counter() - self._start
+        if self._start:
+            self.seconds += time.perf_counter() - self._start
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Adds a point."""
         recent = self._recent[-10:] or [(float("nan"), float("nan"))]
         reward, timesteps = (sum(values) / len(recent) for values in zip(*recent, strict=True))
         point = {"step": trainer.global_step, "seconds": self.seconds, "passes": self.passes}
-        self.points.append({**point, "reward": reward, "rollout": timesteps, **accuracies(pl_module)})
-        self._start = time.perf_counter()
+        point |= {"reward": reward, "rollout": timesteps, **accuracies(pl_module)}
+        if not self.points or self.points[-1]["step"] < point["step"]:
+            self.points.append(point)
+        self._start = time.perf_counter() if trainer.training else 0.0
 
 
 def accuracies(module: Any) -> dict[str, float]:
@@ -201,16 +208,24 @@ def learn(run: Run, recipe: Recipe, bases: Path, device: str, evaluate: int = 10
     trainer = _trainer(100_000, device, [rollout, curve], evaluate)
     data = _data(subject, run.seed)
     trainer.validate(module, data, verbose=False)
-    curve.on_validation_end(trainer, module)
     trainer.fit(module, data)
+    trainer.validate(module, data, verbose=False)
+    steps = trainer.global_step
     # Puzzles of another seed, and of another split than those that settings were chosen by.
     fresh = _data(subject, _TEST_SEED + run.seed)
     trainer.test(module, fresh, verbose=False)
     final = accuracies(module)
     base = RLDFModule(policy, loss=loss)
     trainer.test(base, fresh, verbose=False)
-    counts = {"seconds": curve.seconds, "passes": curve.passes, "steps": trainer.global_step}
-    return {**vars(run), **counts, "base": accuracies(base), "final": final, "curve": curve.points}
+    counts = {"seconds": curve.seconds, "passes": curve.passes, "steps": steps}
+    return {
+        **vars(run),
+        "settings": asdict(recipe),
+        **counts,
+        "base": accuracies(base),
+        "final": final,
+        "curve": curve.points,
+    }
 
 
 def _data(subject: Subject, seed: int) -> PromptDataModule:

@@ -25,7 +25,8 @@ class AdvantageConfig:
             (Dr. GRPO, arXiv 2503.20783), which keeps the size of rewards. `leave_one_out`: reward - mean of
             the others (RLOO, arXiv 2402.14740), unbiased, since a completion has no part in its own baseline.
             `none`: the reward itself: of rewards 0 and 1, every correct answer is learned from, those of
-            groups without spread too (reward-ranked fine-tuning, RAFT, arXiv 2304.06767).
+            groups without spread too (reward-ranked fine-tuning, RAFT, arXiv 2304.06767), of which
+            model.train_groups and rollout.refill_rounds still take the last.
 
     Raises:
         ConfigError: where a value is outside its range.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from drift.contract import LossOutput, MaskedBatch, Rollout, TokenLogProbs
+from drift.contract import ConfigError, LossOutput, MaskedBatch, Rollout, TokenLogProbs
 from drift.loss_config import KL, LossConfig, Normalisation
 from drift.mismatch import importance_weights, measure_mismatch
 
@@ -97,6 +97,12 @@ def rldf_loss(
     logp = policy.logp[kept]
     advantages = batch.advantages[:, None].expand_as(kept)[kept]
     weight = config.token_weight * torch.where(advantages < 0, config.negative_weight, 1.0)
+    if config.commit_weight and batch.commit_rule is not None and batch.decision is None:
+        raise ConfigError(
+            f"commit_weight is {config.commit_weight}: the sampler's noisy states are not those at which "
+            "draws decided over commits (TimestepPlan.replay is False); use a sampler of the rollout's own "
+            "timesteps, or set it to 0"
+        )
     if config.importance_cap is not None:
         weight = weight * importance_weights(proximal.logp, batch, config.importance_cap)[kept]
     per_token: dict[str, Tensor] = {}
@@ -107,7 +113,7 @@ def rldf_loss(
         loss, total = logp.new_zeros(()), -weight * objective
     else:
         # The coefficients have the whole batch's reduction in them.
-        loss, total = -(weight * coefficients[kept] * (logp - logp.detach())).sum(), 0 * logp
+        loss, total = -(coefficients[kept] * (logp - logp.detach())).sum(), 0 * logp
     if reference is not None:
         per_token["kl"] = kl_estimate(logp, reference.logp[kept], config.kl)
         if config.beta:
@@ -232,12 +238,13 @@ def _state_share(
     num_rows: Tensor | float | None,
 ) -> Tensor:
     """[M] factor of each kept token, and of each decision, of a noisy state in the loss."""
-    if config.normalisation == "token":
+    # Of whole completions, the plan's weights are per token already.
+    if config.normalisation == "token" and batch.sequence is None:
         if num_kept is None:
             num_kept = kept_per_slot(kept, batch)
         return batch.weight / (batch.num_slots * num_kept.clamp(min=1)[batch.slot])
     rows = batch.row.unique().numel() if num_rows is None else num_rows
     share = batch.weight * batch.row_share / rows
-    if config.normalisation == "sample":
+    if config.normalisation == "sample" and batch.sequence is None:
         return share / kept.sum(dim=1).clamp(min=1)
     return share if batch.num_timesteps is None else share * batch.num_timesteps

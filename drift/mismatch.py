@@ -42,8 +42,8 @@ def importance_weights(proximal: Tensor, batch: MaskedBatch, cap: float) -> Tens
     if batch.commit_logp is None or bool(torch.isneginf(batch.commit_logp).any()):
         raise ConfigError(
             f"importance_cap is {cap}: the noisy states come without the probabilities that their tokens had "
-            "at the rollout (commit_probs); use a sampler of the rollout's own timesteps (Uniform, Weighted, "
-            "Full) and rollouts that record them, or set it to null"
+            "at the rollout (commit_probs); use a sampler of the rollout's own timesteps (Weighted, Full, "
+            "Proportional, ...) and rollouts that record them, or set it to null"
         )
     difference = torch.where(batch.current, proximal.detach() - batch.commit_logp, 0.0)
     # Cut before exp, which could overflow.

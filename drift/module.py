@@ -106,6 +106,7 @@ class RLDFModule(PolicyModule):
             require_reference(reference, self.policy_config)
         self.reference_path = reference
         self.sampler = sampler or WeightedSampler()
+        self.sampler.require_fits(loss)
         self.loss = loss
         self.advantages = advantages
         self.num_updates = num_updates

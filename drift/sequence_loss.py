@@ -16,6 +16,8 @@ from torch import Tensor
 from drift.contract import LossOutput, MaskedBatch, SequenceLevel, TokenLogProbs
 from drift.loss_config import LossConfig
 
+_MOST_LOG_RATIO = 30.0  # nats
+
 
 @dataclass(kw_only=True, slots=True)
 class SequenceOutput:
@@ -53,7 +55,7 @@ def sequence_coefficients(
         now: log-probabilities of the model being trained, at all states of this rank; their graph is not
             used.
         noisy: the M states, all those of a row among them, of a plan that says how they make a likelihood.
-        config: the clip of several updates per rollout.
+        config: the clip of several updates per rollout, and the weights of tokens and of advantages below 0.
         old: log-probabilities at the same states before the first update; None: one update per rollout.
         num_rows: rows of all ranks that have states; None: those here.
     """
@@ -61,8 +63,9 @@ def sequence_coefficients(
     assert level is not None
     assert noisy.length is not None
     row, place = noisy.row.unique(return_inverse=True)
-    total = len(row) if num_rows is None else num_rows
+    total = torch.as_tensor(len(row) if num_rows is None else num_rows).clamp(min=1)
     advantages, length = _of_rows(noisy.advantages, place, row), _of_rows(noisy.length, place, row)
+    advantages = config.token_weight * torch.where(advantages < 0, config.negative_weight, 1.0) * advantages
     value, slope = _likelihood(now.logp.detach().double(), noisy, place, advantages)
     if old is None:
         objective, ratio = advantages * value, torch.ones_like(value)
@@ -70,12 +73,13 @@ def sequence_coefficients(
     else:
         before, _ = _likelihood(old.logp.detach().double(), noisy, place, advantages)
         scale = length if level.whole_ratio else torch.ones_like(length)
-        ratio = ((value - before) * scale).exp()
+        # Cut before exp, which could overflow.
+        ratio = ((value - before) * scale).clamp(max=_MOST_LOG_RATIO).exp()
         bounded = ratio.clamp(1 - config.eps_low, 1 + config.eps_high)
         clipped = (bounded * advantages < ratio * advantages).double()
         objective = torch.minimum(ratio * advantages, bounded * advantages) / scale
         # A ratio outside its bounds on the other side still has a gradient: the minimum is the ratio's own.
-        outer = ratio * advantages * (1 - clipped)
+        outer = torch.where(clipped > 0, 0.0, ratio * advantages)
     parts = {"policy": -objective, "ratio": ratio, "clip_fraction": clipped}
     return SequenceOutput(
         coefficients=(slope * outer[place][:, None] / total).float(),

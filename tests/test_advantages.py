@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from drift.advantages import AdvantageConfig, group_advantages, groups_with_spread, refill_size, select_groups
+from drift.contract import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -100,3 +101,13 @@ def test_baselines_worked_by_hand():
     assert group_advantages(rewards, 3, AdvantageConfig("group_std")).tolist() == pytest.approx(
         [2 * third / third**0.5, -(third**0.5), -(third**0.5), 0, 0, 0], abs=1e-6
     )
+
+
+def test_without_a_baseline_the_reward_is_the_advantage():
+    rewards = torch.tensor([1.0, 0.0, 1.0, 1.0])
+    assert group_advantages(rewards, 2, AdvantageConfig("none")).tolist() == [1, 0, 1, 1]
+
+
+def test_an_unknown_baseline_is_refused():
+    with pytest.raises(ConfigError, match=r"baseline is 'mean': choose one of"):
+        AdvantageConfig("mean")

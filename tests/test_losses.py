@@ -541,6 +541,19 @@ def test_decisions_are_clipped_one_by_one():
     assert (now.top.grad != 0).tolist() == [[False, True, False], [False, True, False]]
 
 
+def test_what_did_worse_counts_by_its_weight():
+    """Probabilities 1/2; advantages 2 and -1: -(2 log 1/2 - 0.25 log 1/2) / 2 tokens."""
+    batch = make_batch([[1], [1]], [[1], [1]], [2.0, -1.0])
+    found = rldf_loss(logs([0.5], [0.5]), batch, LossConfig(negative_weight=0.25))
+    assert found.loss.item() == pytest.approx(-(2.0 - 0.25) * math.log(0.5) / 2)
+
+
+def test_draws_that_a_plan_does_not_replay_have_no_likelihood():
+    batch = decided_batch(decision=None)
+    with pytest.raises(ConfigError, match=r"commit_weight is 1.0: .*TimestepPlan.replay is False"):
+        rldf_loss(decided_logprobs(0.9, 0.9, 0.9), batch, LossConfig())
+
+
 def test_tokens_of_other_timesteps_don_t_count_with_tau_null(models):
     rollout = make_rollout(3)
     plan = plan_for(rollout, 3)

@@ -259,6 +259,26 @@ def test_draws_of_commits_need_a_sampler_that_replays_them(train):
     train(sampler=RandomMaskSampler(), decode=DRAWN, loss=LossConfig(commit_weight=0.0))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sampler": ProportionalSampler()}, r"normalisation is 'token': ProportionalSampler weighs"),
+        (
+            {"sampler": WeightedSampler(importance_correction=True)},
+            r"normalisation is 'token': WeightedSampler weighs .* set it to sample or trajectory",
+        ),
+        (
+            {"sampler": RandomMaskSampler(), "loss": LossConfig(importance_cap=2.0)},
+            r"importance_cap is 2.0: of the noisy states of RandomMaskSampler .* set it to null",
+        ),
+        ({"loss": LossConfig(token_weight=0.0)}, r"token_weight is 0: there is nothing to learn from but"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_rolled_out(train, settings: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        train(**settings)
+
+
 def test_nothing_is_computed_for_what_did_worse_where_its_weight_is_0(train):
     _, all_rows = train(loss=LossConfig())
     _, better = train(loss=LossConfig(negative_weight=0.0))

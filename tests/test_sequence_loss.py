@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from drift.contract import MaskedBatch, SequenceLevel, TokenLogProbs
-from drift.losses import LossConfig
+from drift.losses import LossConfig, rldf_loss
 from drift.sequence_loss import sequence_coefficients
 
 ROWS = [0, 2, 0, 1, 2]  # of each state
@@ -159,3 +159,45 @@ def test_no_states_are_an_empty_loss():
     found = sequence_coefficients(TokenLogProbs(logp=torch.zeros(0, 4)), batch, LossConfig(), num_rows=3)
     assert found.coefficients.shape == (0, 4)
     assert found.parts["policy"].item() == 0
+
+
+def test_no_states_on_any_rank_are_a_loss_of_zero():
+    none = noisy(SequenceLevel()).select(torch.zeros(0, dtype=torch.int64))
+    found = sequence_coefficients(
+        TokenLogProbs(logp=torch.zeros(0, 4)), none, LossConfig(), num_rows=torch.tensor(0)
+    )
+    assert {name: value.item() for name, value in found.parts.items()} == dict.fromkeys(found.parts, 0)
+
+
+def test_weights_of_tokens_and_of_what_did_worse_are_in_values_and_coefficients():
+    batch, now = noisy(SequenceLevel()), logprobs(noisy(SequenceLevel()), 1)
+    plain = sequence_coefficients(TokenLogProbs(logp=now), batch, LossConfig())
+    config = LossConfig(token_weight=2.0, negative_weight=0.25)
+    found = sequence_coefficients(TokenLogProbs(logp=now), batch, config)
+    factor = torch.where(batch.advantages < 0, 0.5, 2.0)[:, None]
+    torch.testing.assert_close(found.coefficients, factor * plain.coefficients)
+    # Without several updates the value is that of coefficients times log-probabilities.
+    expected = -(found.coefficients * now * batch.scored).sum()
+    torch.testing.assert_close(found.parts["policy"], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_ratio_beyond_all_bounds_has_no_gradient_where_it_is_clipped():
+    batch = noisy(SequenceLevel(whole_ratio=True))
+    low, high = torch.full((5, 4), -2000.0), torch.full((5, 4), -0.1)
+    found = sequence_coefficients(TokenLogProbs(logp=high), batch, LossConfig(), old=TokenLogProbs(logp=low))
+    assert torch.isfinite(found.coefficients).all()
+    assert (found.coefficients[batch.row == 0] == 0).all()
+
+
+@pytest.mark.parametrize("normalisation", ["token", "sample", "trajectory"])
+def test_the_kl_is_per_token_of_a_completion_whatever_the_normalisation(normalisation):
+    """Every token has d = log 0.5 - log 0.4, k3 = e^d - 1 - d = 1.25 - 1 - 0.2231 = 0.0269."""
+    batch = noisy(SequenceLevel())
+    # States that count 1 / (scored tokens) each, as samplers of whole completions weigh them.
+    batch.weight = 1.0 / batch.scored.sum(dim=1)
+    now = TokenLogProbs(logp=torch.full((5, 4), math.log(0.4)))
+    reference = TokenLogProbs(logp=torch.full((5, 4), math.log(0.5)))
+    config = LossConfig(beta=0.5, normalisation=normalisation)
+    found = rldf_loss(now, batch, config, reference=reference, coefficients=torch.zeros(5, 4))
+    assert found.parts["kl"].item() == pytest.approx(0.0269, abs=1e-4)
+    assert found.loss.item() == pytest.approx(0.5 * 0.0269, abs=1e-4)

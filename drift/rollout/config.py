@@ -130,6 +130,12 @@ class DenoiseConfig:
         for key, kinds in (("commit", Commit), ("commit_by", CommitBy)):
             good = getattr(self, key) in (None, *get_args(kinds))
             require(self, good, key, f"choose one of {list(get_args(kinds))}, or null for what fits the rest")
+        require(
+            self,
+            self.commit_by is None or self.score == "confidence",
+            "commit_by",
+            f"it says whose `confidence` the score is, and score is {self.score!r}: set it to null",
+        )
         require(self, math.isfinite(self.width) and self.width > 0, "width", "set it above 0, such as 0.05")
         if self.rule == "static":
             kind = "a static schedule (commit: static, or threshold: null)"

@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from drift.contract import ConfigError, Rollout, TimestepPlan
+from drift.contract import CERTAIN, ConfigError, Rollout, TimestepPlan
+from drift.loss_config import LossConfig
 from drift.randomness import draw_keys, fold, uniform
 
 
@@ -16,6 +17,22 @@ class TimestepSampler(ABC):
 
     # Whether its plans replay timesteps: draws of commits have a likelihood only where they were made.
     replays: bool = True
+    # Whether its weights differ, which the loss normalisation `token` would take for numbers of tokens.
+    weighs: bool = False
+
+    def require_fits(self, loss: LossConfig) -> None:
+        """Raises ConfigError where a loss with these settings cannot make use of the plans."""
+        name = type(self).__name__
+        if self.weighs and loss.normalisation == "token":
+            raise ConfigError(
+                f"model.loss.normalisation is 'token': {name} weighs its timesteps so that their sum is "
+                "unbiased, and numbers of tokens know nothing of that; set it to sample or trajectory"
+            )
+        if loss.importance_cap is not None and not self.replays:
+            raise ConfigError(
+                f"model.loss.importance_cap is {loss.importance_cap}: of the noisy states of {name} the "
+                "rollout has no probabilities; take a sampler of its own timesteps, or set it to null"
+            )
 
     @abstractmethod
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
@@ -45,12 +62,15 @@ def draws(rollout: Rollout, num: int, generator: torch.Generator | None) -> Tens
 
 
 def candidates(rollout: Rollout) -> Tensor:
-    """[N,S] bool, the timesteps that committed at least one valid token; S covers the batch's last."""
+    """[N,S] bool, timesteps that committed a valid token, or anything by a draw; S: the batch's last + 1."""
     num_timesteps = int(rollout.step_map.max()) + 1
     found = torch.zeros(
         rollout.step_map.shape[0], num_timesteps, dtype=torch.int64, device=rollout.step_map.device
     )
-    return found.scatter_add(1, rollout.step_map, rollout.completion_mask.long()) > 0
+    took_part = rollout.completion_mask
+    if rollout.commit_kind is not None:
+        took_part = took_part | (rollout.commit_kind != CERTAIN)
+    return found.scatter_add(1, rollout.step_map, took_part.long()) > 0
 
 
 def sequential_plan(rollout: Rollout, timesteps: Tensor, weight: Tensor) -> TimestepPlan:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from drift.contract import ConfigError, Rollout, TimestepPlan
-from drift.samplers.base import TimestepSampler, draws, require_positive, require_token_probs, sequential_plan
+from drift.samplers.base import (
+    TimestepSampler,
+    candidates,
+    draws,
+    require_positive,
+    require_token_probs,
+    sequential_plan,
+)
 from drift.samplers.inclusion import inverse_weights, proportional_inclusion, systematic_draws
 
 
@@ -29,9 +38,11 @@ class ProportionalSampler(TimestepSampler):
             other masked tokens too, which the size leaves out.
     """
 
+    weighs = True
+
     def __init__(self, k: int = 4, floor: float = 0.2) -> None:
         require_positive("k", k)
-        if not floor > 0:
+        if not 0 < floor < math.inf:
             raise ConfigError(f"floor is {floor!r}: set it to a positive share of the mean size, such as 0.1")
         self.k = k
         self.floor = floor
@@ -42,11 +53,11 @@ class ProportionalSampler(TimestepSampler):
         valid = rollout.completion_mask
         shape = (valid.shape[0], int(rollout.step_map.max()) + 1)
         zeros = torch.zeros(shape, dtype=torch.float64, device=probs.device)
-        count = zeros.scatter_add(1, rollout.step_map, valid.double())
+        real = candidates(rollout)
         total = zeros.scatter_add(1, rollout.step_map, (1 - probs).square() * valid).sqrt()
-        num_real = (count > 0).sum(dim=1, keepdim=True).clamp(min=1)
+        num_real = real.sum(dim=1, keepdim=True).clamp(min=1)
         mean = total.sum(dim=1, keepdim=True) / num_real
-        return torch.where(count > 0, total + (self.floor * mean).clamp(min=1e-9), 0.0)
+        return torch.where(real, total + (self.floor * mean).clamp(min=1e-9), 0.0)
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """At most k noisy states a row; see `TimestepSampler.plan`."""

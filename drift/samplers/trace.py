@@ -39,6 +39,8 @@ class StepSampler(TimestepSampler):
             `uniform` all timesteps alike.
     """
 
+    weighs = True
+
     def __init__(self, k: int = 4, importance: Importance = "surprise") -> None:
         require_positive("k", k)
         self.k = k

@@ -35,8 +35,8 @@ class WeightedSampler(TimestepSampler):
             inf is uniform.
         importance_correction: weigh every draw by the inverse of its probability, and repeat none, so that
             the mean over a row's draws is an unbiased estimate of the mean over all of its timesteps. So the
-            gradient is unbiased under the loss normalisations `sample` and `trajectory`; under `token` it is
-            a ratio of two such estimates, hence only nearly so.
+            gradient is unbiased under the loss normalisations `sample` and `trajectory`; with `token` it is
+            refused.
 
     Raises:
         ConfigError: where a value is outside its range, or the correction has no probabilities to go by.
@@ -56,6 +56,7 @@ class WeightedSampler(TimestepSampler):
         self.k = k
         self.temperature = float(temperature)
         self.importance_correction = importance_correction
+        self.weighs = importance_correction and temperature < math.inf
 
     def weights(self, rollout: Rollout) -> Tensor:
         """How unsure the policy was: [N,S] float32, -mean log token_prob of valid tokens, -inf where none.
@@ -69,7 +70,7 @@ class WeightedSampler(TimestepSampler):
         total = torch.zeros(shape, dtype=torch.float32, device=surprise.device)
         count = total.scatter_add(1, rollout.step_map, valid.float())
         mean = total.scatter_add(1, rollout.step_map, surprise) / count.clamp(min=1)
-        return mean.masked_fill(count == 0, -torch.inf)
+        return mean.masked_fill(~candidates(rollout), -torch.inf)
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """k noisy states a row; see `TimestepSampler.plan`."""

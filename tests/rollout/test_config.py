@@ -31,6 +31,10 @@ from drift.rollout import DenoiseConfig
         ({"commit": "static"}, r"steps is None: a static schedule"),
         ({"commit": "random"}, r"commit is 'random': choose one of \['threshold', 'static', 'stochastic'\]"),
         ({"commit_by": "best"}, r"commit_by is 'best': choose one of \['candidate', 'top'\]"),
+        (
+            {"commit_by": "top", "score": "margin"},
+            r"commit_by is 'top': .* score is 'margin': set it to null",
+        ),
         ({"width": 0.0}, r"width is 0.0: set it above 0"),
         ({"width": float("nan")}, r"width is nan: set it above 0"),
         (

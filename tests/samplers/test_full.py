@@ -1,7 +1,7 @@
 import torch
 
-from drift.contract import Rollout
-from drift.samplers import FullSampler
+from drift.contract import CERTAIN, DRAWN, FALLBACK, Rollout
+from drift.samplers import FullSampler, ProportionalSampler, TraceSampler, WeightedSampler
 
 
 def rollout(step_map: list[list[int]], valid: list[list[int]]) -> Rollout:
@@ -50,3 +50,15 @@ def test_current_covers_every_valid_token_exactly_once():
     assert torch.equal(
         plan.current.sum(dim=0)[source.completion_mask], torch.ones(source.completion_mask.sum()).long()
     )
+
+
+def test_draws_of_commits_count_where_padding_alone_is_committed():
+    source = rollout([[1, 0, 2], [1, 0, 2]], [[1, 0, 0], [1, 0, 0]])
+    assert FullSampler().plan(source).weight.tolist() == [[1, 1]]
+    source.commit_kind = torch.tensor([[DRAWN, DRAWN, FALLBACK], [CERTAIN, CERTAIN, CERTAIN]])
+    plan = FullSampler().plan(source)
+    assert plan.weight.tolist() == [[1, 1], [1, 0], [1, 0]]
+    assert plan.num_timesteps.tolist() == [3, 1]
+    source.token_probs = torch.full((2, 3), 0.5)
+    for sampler in (WeightedSampler(3, importance_correction=True), ProportionalSampler(3), TraceSampler()):
+        assert (sampler.plan(source).weight > 0).sum(dim=0).tolist() == [3, 1], type(sampler)
