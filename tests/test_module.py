@@ -596,7 +596,7 @@ def test_noisy_states_that_the_policy_never_saw_have_no_mismatch_and_no_weights(
     watch = Mismatches()
     train(callbacks=(watch,), sampler=RandomMaskSampler(k=1))
     assert watch.steps == [{}]
-    with pytest.raises(ConfigError, match=r"importance_cap is 2\.0: .*use a sampler of the rollout's own"):
+    with pytest.raises(ConfigError, match=r"importance_cap is 2\.0: .*take a sampler of its own timesteps"):
         train(sampler=RandomMaskSampler(k=1), loss=LossConfig(importance_cap=2.0))
 
 

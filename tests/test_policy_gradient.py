@@ -99,8 +99,8 @@ def threshold_candidate(
     assert config.threshold is not None
     for candidates in product(range(len(TOKENS)), repeat=len(masked)):
         scores = {i: probs[i, token] for i, token in zip(masked, candidates, strict=True)}
-        chosen = [i for i in masked if float(scores[i]) >= config.threshold]
-        chosen = chosen or [max(masked, key=lambda i: float(scores[i]))]
+        chosen = [i for i in masked if float(scores[i].detach()) >= config.threshold]
+        chosen = chosen or [max(masked, key=lambda i: float(scores[i].detach()))]
         committed = {i: TOKENS[token] for i, token in zip(masked, candidates, strict=True) if i in chosen}
         yield path.then(committed, torch.stack(list(scores.values())).prod())
 

@@ -103,7 +103,7 @@ class SandwichedSampler(TimestepSampler):
     ) -> None:
         require_positive("k", k)
         self.k, self.beta, self.omega, self.block_length = k, beta, omega, block_length
-        require(self, 1 <= beta < np.inf, "beta", "set it to a finite number of 1 or more")
+        require(self, 1 <= beta < np.inf, "beta", "set it to 1 or more, and finite")
         require(self, 0 <= omega <= 1, "omega", "set it in [0, 1], the share of the upper bound")
         good = block_length is None or block_length >= 1
         require(self, good, "block_length", "set it to 1 or more positions, or null for random tokens")

@@ -60,5 +60,6 @@ def test_draws_of_commits_count_where_padding_alone_is_committed():
     assert plan.weight.tolist() == [[1, 1], [1, 0], [1, 0]]
     assert plan.num_timesteps.tolist() == [3, 1]
     source.token_probs = torch.full((2, 3), 0.5)
-    for sampler in (WeightedSampler(3, importance_correction=True), ProportionalSampler(3), TraceSampler()):
+    for sampler in (WeightedSampler(3, importance_correction=True), TraceSampler()):
         assert (sampler.plan(source).weight > 0).sum(dim=0).tolist() == [3, 1], type(sampler)
+    assert (ProportionalSampler().sizes(source) > 0).sum(dim=1).tolist() == [3, 1]
