@@ -47,7 +47,7 @@ from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 from drift.rewards.base import PerSampleReward
 from drift.rollout import DenoiseConfig, denoise
-from drift.samplers import FullSampler, WeightedSampler
+from drift.samplers import CoupledElboSampler, FullSampler, WeightedSampler
 from drift.strategy import ShardedStrategy
 from drift.tasks import SudokuTask
 
@@ -119,6 +119,7 @@ def train(
     importance_cap=None,
     tau=0.6,
     full=False,
+    elbo=False,
     lora=None,
     checkpointing=False,
     num_updates=1,
@@ -141,7 +142,7 @@ def train(
     seed_everything(0, verbose=False)
     module = RLDFModule(
         "sudoku_base",
-        sampler=FullSampler() if full else WeightedSampler(k=2),
+        sampler=CoupledElboSampler() if elbo else FullSampler() if full else WeightedSampler(k=2),
         loss=LossConfig(tau=tau, beta=beta, normalisation=normalisation, importance_cap=importance_cap),
         optimizer=OptimizerConfig(lr=lr, weight_decay=0.01, master_weights=master_weights),
         train_groups=train_groups,
@@ -161,6 +162,8 @@ def train(
         use_cache=importance_cap is not None or commit is not None,
         threshold=0.7,
         commit=commit,
+        # Wide: a narrow one makes much of the last digits of a probability.
+        width=0.2,
     )
     rollout = RolloutCallback(
         group_size=4,

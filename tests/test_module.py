@@ -600,17 +600,23 @@ def test_noisy_states_that_the_policy_never_saw_have_no_mismatch_and_no_weights(
         train(sampler=RandomMaskSampler(k=1), loss=LossConfig(importance_cap=2.0))
 
 
-def test_the_probabilities_of_the_rollout_outlive_refreshes_and_checkpoints(train, tmp_path: Path):
+@pytest.mark.parametrize("decode", [DECODE, DRAWN], ids=["threshold", "drawn"])
+def test_the_probabilities_of_the_rollout_outlive_refreshes_and_checkpoints(train, tmp_path: Path, decode):
     class Save(Callback):
         def on_train_batch_end(self, trainer, pl_module, *args):
             trainer.save_checkpoint(tmp_path / "between.ckpt")
 
     optimizer = OptimizerConfig(lr=1e-2)
     callbacks = (FeedbackCallback(), Save())
-    _, recorder = train(2, callbacks=callbacks, num_updates=3, optimizer=optimizer)
+    _, recorder = train(2, callbacks=callbacks, num_updates=3, optimizer=optimizer, decode=decode)
     (saved,) = torch.load(tmp_path / "between.ckpt", weights_only=True)["rollout_at_hand"]["ranks"]
     assert torch.equal(saved["commit_probs"], recorder.batches[0].rollout.token_probs)
     assert (saved["token_probs"] - saved["commit_probs"]).abs().max() > 1e-3
+    rollout = recorder.batches[0].rollout
+    for name in ("commit_kind", "commit_rule"):
+        assert (saved[name] is None) == (decode is DECODE)
+        assert saved[name] is None or torch.equal(saved[name], getattr(rollout, name))
+    assert saved["block_length"] == decode.block_length
 
 
 def test_a_refresh_replaces_the_tensor_that_a_rollout_holds_twice(tiny_folder: Path):

@@ -25,6 +25,8 @@ SETTINGS = {
     "adapters": {"num_updates": 2, "lora": ["q_proj", "ff_out"], "checkpointing": True},
     # The mismatch of cached rollouts is weighed, and the largest of all is on one of the ranks.
     "cached, weighed": {"micro_batch_size": 7, "importance_cap": 1.5, "block_length": 8},
+    # Objectives of whole completions, of which some ranks have none in the last micro-batches.
+    "whole completions": {"elbo": True, "beta": 0.3, "num_updates": 2, "micro_batch_size": 6},
     # Draws of commits, of cached rollouts, learned from twice.
     "commits": {
         "commit": "stochastic",
