@@ -63,32 +63,28 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(run[name] for name in ("subject", "recipe", "lr", "seed", "budget"))
 
 
+def done() -> list[dict[str, Any]]:
+    """All runs that have been made, of recipes that are still set as they were."""
+    if not RUNS.exists():
+        return []
+    runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
+    settings = {name: json.loads(json.dumps(asdict(recipe))) for name, recipe in RECIPES.items()}
+    return [run for run in runs if run["settings"] == settings.get(run["recipe"])]
+
+
 def made(subject: str, recipe: str, budget: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The runs of a recipe, as it is set now, that have been made."""
-    wanted, settings = (subject, recipe, budget), json.loads(json.dumps(asdict(RECIPES[recipe])))
+    """The runs of a recipe that have been made."""
+    wanted = (subject, recipe, budget)
     return [
         run
         for run in done()
-        if (run["subject"], run["recipe"], run["budget"]) == wanted
-        and run["settings"] == settings
-        and run["seed"] in seeds
+        if (run["subject"], run["recipe"], run["budget"]) == wanted and run["seed"] in seeds
     ]
-
-
-def done() -> list[dict[str, Any]]:
-    """All runs that have been made."""
-    if not RUNS.exists():
-        return []
-    return [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
 
 
 def make(runs: Iterable[Run], workers: int, device: str) -> None:
     """Makes the runs that have not been made, several at a time, each in a process of its own."""
-    known = {
-        key(run)
-        for run in done()
-        if run["settings"] == json.loads(json.dumps(asdict(RECIPES[run["recipe"]])))
-    }
+    known = {key(run) for run in done()}
     missing = [run for run in runs if key(vars(run)) not in known]
     threads = max(1, (os.cpu_count() or 1) // workers)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
@@ -169,19 +165,27 @@ def report() -> None:
 
 
 def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
-    """Accuracy against passes, a panel for each task, the mean over seeds."""
-    panels = figure.subplots(1, len(SUBJECTS))
-    for panel, subject in zip(panels, SUBJECTS, strict=True):
-        for color, recipe in enumerate(RECIPES):
-            curves = [run["curve"] for run in runs if (run["subject"], run["recipe"]) == (subject, recipe)]
-            for curve in curves:
-                passes = [point["passes"] / 1e6 for point in curve]
-                label = recipe if curve is curves[0] else None
-                panel.plot(passes, [p["accuracy"] for p in curve], color=f"C{color % 10}", label=label, lw=1)
-        panel.set_title(subject)
-        panel.set_xlabel("million passes of rows")
-        panel.set_ylabel("accuracy, threshold 0.9")
-    panels[-1].legend(fontsize=6)
+    """A row for each figure, two columns for each task: against passes and against seconds; a line a run."""
+    subjects = [name for name in SUBJECTS if any(run["subject"] == name for run in runs)]
+    figures = {"accuracy": "accuracy, threshold", "one by one": "accuracy, one by one"}
+    figures |= {"timesteps": "timesteps per answer", "reward": "reward of rollouts"}
+    figure.set_size_inches(5 * max(len(subjects), 1) + 2, 10)
+    panels = figure.subplots(len(figures), 2 * max(len(subjects), 1), squeeze=False, sharey="row")
+    recipes = [name for name in RECIPES if any(run["recipe"] == name for run in runs)]
+    for run in runs:
+        column, color = 2 * subjects.index(run["subject"]), recipes.index(run["recipe"])
+        for row, name in enumerate(figures):
+            for offset, against in enumerate(("passes", "seconds")):
+                points = [(point[against], point[name]) for point in run["curve"]]
+                panels[row, column + offset].plot(*zip(*points, strict=True), color=f"C{color % 10}", lw=1)
+    for row, label in enumerate(figures.values()):
+        panels[row, 0].set_ylabel(label)
+    for column, subject in enumerate(subjects):
+        panels[0, 2 * column].set_title(subject)
+        panels[-1, 2 * column].set_xlabel("passes of rows")
+        panels[-1, 2 * column + 1].set_xlabel("seconds")
+    lines = [panels[0, 0].plot([], [], color=f"C{number % 10}")[0] for number in range(len(recipes))]
+    figure.legend(lines, recipes, loc="outside lower center", ncols=3, fontsize=8)
 
 
 def main() -> None:
