@@ -108,7 +108,7 @@ class RolloutCallback(Callback):
                 "model.train_groups, which is None; set it, or refill_rounds to 0"
             )
         if isinstance(pl_module, RLDFModule):
-            self._require_learnable(pl_module)
+            pl_module.sampler.require_fits(pl_module.loss, draws=self.decode.rule == "stochastic")
         pl_module.cells = self.cells[stage]
         self._require_room(pl_module, _longest_prompt(trainer, stage))
         require_limit(self.reward_timeout_seconds)
@@ -116,21 +116,6 @@ class RolloutCallback(Callback):
         pl_module.measure_parts(part_names(data.task.reward, self.extra_rewards))
         pl_module.measure_confidence(self.decode)
         pl_module.experience = partial(self.experience, trainer)
-
-    def _require_learnable(self, module: RLDFModule) -> None:
-        """Raises ConfigError where rollouts and loss don't fit each other."""
-        draws, loss = self.decode.rule == "stochastic", module.loss
-        if draws and loss.commit_weight > 0 and not module.sampler.replays:
-            raise ConfigError(
-                f"model.sampler is {type(module.sampler).__name__}: its noisy states are not those at which "
-                "rollout.decode.commit: stochastic draws, so that draws have no likelihood; use a sampler of "
-                "the rollout's own timesteps (Weighted, Full, ...), or model.loss.commit_weight: 0"
-            )
-        if loss.token_weight == 0 and not (draws and loss.commit_weight > 0):
-            raise ConfigError(
-                "model.loss.token_weight is 0: there is nothing to learn from but draws of commits; set "
-                "rollout.decode.commit to stochastic and model.loss.commit_weight above 0, or raise it"
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """What is logged with the further updates of the rollout at hand."""

@@ -158,7 +158,8 @@ def test_several_configs_merge_and_the_later_one_wins(settings, tmp_path: Path):
     mine.write_text("model:\n  loss:\n    tau: 0.25\n  sampler:\n    init_args:\n      k: 7\n")
     found = settings("fit", "--config", "quickstart", "--config", "sampler/weighted", "--config", str(mine))
     assert found["model"]["loss"] | {"tau": 0.25, "beta": 0.01} == found["model"]["loss"]
-    assert found["model"]["sampler"]["init_args"] == {"k": 7, "temperature": 1.0}
+    arguments = found["model"]["sampler"]["init_args"]
+    assert arguments == {"k": 7, "temperature": 1.0, "importance_correction": False}
     found = settings("fit", "--config", "quickstart", "--config", str(mine), "--config", "sampler/weighted")
     assert found["model"]["sampler"]["init_args"]["k"] == 4
     found = settings("fit", "--config", "quickstart", "--config", str(mine), "--model.loss.tau", "0.5")

@@ -15,8 +15,8 @@ def test_an_argument_that_a_class_does_not_have():
         - Expected a <class 'NoneType'>
       Given value: NestedArg(key='temprature', val='3')"""
     assert explain(message, KEYS) == (
-        "model.sampler.temprature: WeightedSampler has no such setting (it has k, temperature); "
-        "did you mean 'model.sampler.temperature'?"
+        "model.sampler.temprature: WeightedSampler has no such setting (it has k, temperature, "
+        "importance_correction); did you mean 'model.sampler.temperature'?"
     )
 
 

@@ -20,9 +20,14 @@ class TimestepSampler(ABC):
     # Whether its weights differ, which the loss normalisation `token` would take for numbers of tokens.
     weighs: bool = False
 
-    def require_fits(self, loss: LossConfig) -> None:
-        """Raises ConfigError where a loss with these settings cannot make use of the plans."""
-        name = type(self).__name__
+    def require_fits(self, loss: LossConfig, *, draws: bool | None = None) -> None:
+        """Raises ConfigError where loss, plans and rollouts don't fit each other.
+
+        Args:
+            loss: settings.
+            draws: whether rollouts draw which positions commit; None: that is not known yet.
+        """
+        name, commits = type(self).__name__, loss.commit_weight > 0
         if self.weighs and loss.normalisation == "token":
             raise ConfigError(
                 f"model.loss.normalisation is 'token': {name} weighs its timesteps so that their sum is "
@@ -32,6 +37,17 @@ class TimestepSampler(ABC):
             raise ConfigError(
                 f"model.loss.importance_cap is {loss.importance_cap}: of the noisy states of {name} the "
                 "rollout has no probabilities; take a sampler of its own timesteps, or set it to null"
+            )
+        if draws and commits and not self.replays:
+            raise ConfigError(
+                f"model.sampler is {name}: its noisy states are not those at which rollout.decode.commit: "
+                "stochastic draws, so that draws have no likelihood; use a sampler of the rollout's own "
+                "timesteps (Weighted, Full, ...), or model.loss.commit_weight: 0"
+            )
+        if draws is not None and not (draws and commits) and loss.token_weight == 0:
+            raise ConfigError(
+                "model.loss.token_weight is 0: there is nothing to learn from but draws of commits; set "
+                "rollout.decode.commit to stochastic and model.loss.commit_weight above 0, or raise it"
             )
 
     @abstractmethod
