@@ -64,7 +64,10 @@ def key(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def done() -> list[dict[str, Any]]:
-    """All runs that have been made, of recipes that are still set as they were."""
+    """All runs that have been made, of recipes that are still set as they were.
+
+    Seconds are null where nobody kept a clock.
+    """
     if not RUNS.exists():
         return []
     runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
@@ -75,11 +78,8 @@ def done() -> list[dict[str, Any]]:
 def made(subject: str, recipe: str, budget: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """The runs of a recipe that have been made."""
     wanted = (subject, recipe, budget)
-    return [
-        run
-        for run in done()
-        if (run["subject"], run["recipe"], run["budget"]) == wanted and run["seed"] in seeds
-    ]
+    runs = [run for run in done() if (run["subject"], run["recipe"], run["budget"]) == wanted]
+    return sorted((run for run in runs if run["seed"] in seeds), key=lambda run: run["seed"])
 
 
 def make(runs: Iterable[Run], workers: int, device: str) -> None:
@@ -127,7 +127,7 @@ def rows_of(subject: str, budget: float) -> list[dict[str, Any]]:
                 "timesteps": _spread(runs, "final", "timesteps", digits=2),
                 "largest fall from the best": f"{max(_fall(run) for run in runs):.3f}",
                 "steps": round(statistics.mean(run["steps"] for run in runs)),
-                "seconds": round(statistics.mean(run["seconds"] for run in runs)),
+                "seconds": ", ".join("?" if (s := run["seconds"]) is None else f"{s:.0f}" for run in runs),
             }
         )
     return rows
@@ -175,6 +175,8 @@ def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
         column, color = 2 * subjects.index(run["subject"]), recipes.index(run["recipe"])
         for row, name in enumerate(figures):
             for offset, against in enumerate(("passes", "seconds")):
+                if run["seconds"] is None and against == "seconds":
+                    continue
                 points = [(point[against], point[name]) for point in run["curve"]]
                 panels[row, column + offset].plot(*zip(*points, strict=True), color=f"C{color % 10}", lw=1)
     for row, label in enumerate(figures.values()):

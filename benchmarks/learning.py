@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.trainer.states import TrainerFn
 
 from drift import samplers
 from drift.callbacks import RolloutCallback
@@ -151,7 +152,7 @@ class Curve(Callback):
         point |= {"reward": reward, "rollout": timesteps, **accuracies(pl_module)}
         if not self.points or self.points[-1]["step"] < point["step"]:
             self.points.append(point)
-        self._start = time.perf_counter() if trainer.training else 0.0
+        self._start = time.perf_counter() if trainer.state.fn == TrainerFn.FITTING else 0.0
 
 
 def accuracies(module: Any) -> dict[str, float]:
