@@ -87,7 +87,8 @@ def rldf_loss(
         the mismatch with the rollout, where its probabilities are known.
 
     Raises:
-        ConfigError: where importance weights are asked for and the rollout's probabilities are unknown.
+        ConfigError: where importance weights are asked for and the rollout's probabilities are unknown, or
+            commits are to be learned and the states are not those at which they were drawn.
     """
     proximal = old or policy
     kept = kept_tokens(proximal, batch, config.tau)
@@ -95,25 +96,12 @@ def rldf_loss(
     share = state_share[:, None].expand_as(kept)[kept]
     # Only kept tokens from here on: an infinite value at a dropped token would turn into NaN in backward.
     logp = policy.logp[kept]
-    advantages = batch.advantages[:, None].expand_as(kept)[kept]
-    weight = config.token_weight * torch.where(advantages < 0, config.negative_weight, 1.0)
-    if config.commit_weight and batch.commit_rule is not None and batch.decision is None:
-        raise ConfigError(
-            f"commit_weight is {config.commit_weight}: the sampler's noisy states are not those at which "
-            "draws decided over commits (TimestepPlan.replay is False); use a sampler of the rollout's own "
-            "timesteps, or set it to 0"
-        )
-    if config.importance_cap is not None:
-        weight = weight * importance_weights(proximal.logp, batch, config.importance_cap)[kept]
-    per_token: dict[str, Tensor] = {}
     if coefficients is None:
-        before = None if old is None else old.logp[kept]
-        objective, ratio, clipped = policy_objective(logp, before, advantages, config)
-        per_token = {"policy": -weight * objective, "ratio": ratio, "clip_fraction": clipped}
-        loss, total = logp.new_zeros(()), -weight * objective
+        per_token = _policy_terms(logp, kept, batch, config, old, proximal)
+        loss, total = logp.new_zeros(()), per_token["policy"]
     else:
         # The coefficients have the whole batch's reduction in them.
-        loss, total = -(coefficients[kept] * (logp - logp.detach())).sum(), 0 * logp
+        loss, total, per_token = -(coefficients[kept] * (logp - logp.detach())).sum(), 0 * logp, {}
     if reference is not None:
         per_token["kl"] = kl_estimate(logp, reference.logp[kept], config.kl)
         if config.beta:
@@ -124,7 +112,7 @@ def rldf_loss(
         total = total + config.entropy_coeff * _entropy_term(policy, reference, kept)
     parts = {name: (share * value.detach()).sum() for name, value in per_token.items()}
     loss = loss + (share * total).sum()
-    if policy.top is not None and config.commit_weight:
+    if _learns_commits(batch, config) and policy.top is not None:
         commits = commit_loss(policy, batch, state_share, config, old)
         loss, parts["commit"] = loss + commits, commits.detach()
     return LossOutput(
@@ -134,6 +122,37 @@ def rldf_loss(
         num_scored=batch.scored.sum(),
         mismatch=measure_mismatch(proximal.logp, batch, config.importance_cap),
     )
+
+
+def _policy_terms(
+    logp: Tensor,
+    kept: Tensor,
+    batch: MaskedBatch,
+    config: LossConfig,
+    old: TokenLogProbs | None,
+    proximal: TokenLogProbs,
+) -> dict[str, Tensor]:
+    """[n] of each kept token its policy-gradient term, its ratio and whether it was clipped, by name."""
+    advantages = batch.advantages[:, None].expand_as(kept)[kept]
+    before = None if old is None else old.logp[kept]
+    objective, ratio, clipped = policy_objective(logp, before, advantages, config)
+    weight = config.token_weight * torch.where(advantages < 0, config.negative_weight, 1.0)
+    if config.importance_cap is not None:
+        weight = weight * importance_weights(proximal.logp, batch, config.importance_cap)[kept]
+    return {"policy": -weight * objective, "ratio": ratio, "clip_fraction": clipped}
+
+
+def _learns_commits(batch: MaskedBatch, config: LossConfig) -> bool:
+    """Whether draws of commits are learned from; raises ConfigError where these states have no likelihood."""
+    if not config.commit_weight or batch.commit_rule is None:
+        return False
+    if batch.decision is None:
+        raise ConfigError(
+            f"commit_weight is {config.commit_weight}: the sampler's noisy states are not those at which "
+            "draws decided over commits (TimestepPlan.replay is False); use a sampler of the rollout's own "
+            "timesteps, or set it to 0"
+        )
+    return True
 
 
 def policy_objective(
