@@ -227,7 +227,9 @@ def test_rollouts_are_drawn_from_the_process_that_is_walked(policy, config):
     seen: dict[tuple[int, ...], int] = {}
     for row in torch.cat((rollout.completion_ids, rollout.step_map, rollout.commit_kind), dim=1).tolist():
         seen[tuple(row)] = seen.get(tuple(row), 0) + 1
-    paths = {(*p.tokens, *p.step_map, *p.kinds): float(p.probability.detach()) for p in walk(policy, config, drawn)}
+    with torch.no_grad():
+        walked = walk(policy, config, drawn)
+    paths = {(*path.tokens, *path.step_map, *path.kinds): float(path.probability) for path in walked}
     assert seen.keys() <= paths.keys()
     # Pearson's statistic over trajectories that 5 or more rows are expected of: mean 1 a degree of freedom.
     often = [key for key, probability in paths.items() if probability * num >= 5]
