@@ -19,6 +19,7 @@ __all__ = [
     "kept_per_slot",
     "kept_tokens",
     "kl_estimate",
+    "learns_commits",
     "moving_rows",
     "rldf_loss",
 ]
@@ -112,7 +113,7 @@ def rldf_loss(
         total = total + config.entropy_coeff * _entropy_term(policy, reference, kept)
     parts = {name: (share * value.detach()).sum() for name, value in per_token.items()}
     loss = loss + (share * total).sum()
-    if _learns_commits(batch, config) and policy.top is not None:
+    if learns_commits(batch, config) and policy.top is not None:
         commits = commit_loss(policy, batch, state_share, config, old)
         loss, parts["commit"] = loss + commits, commits.detach()
     return LossOutput(
@@ -142,8 +143,16 @@ def _policy_terms(
     return {"policy": -weight * objective, "ratio": ratio, "clip_fraction": clipped}
 
 
-def _learns_commits(batch: MaskedBatch, config: LossConfig) -> bool:
-    """Whether draws of commits are learned from; raises ConfigError where these states have no likelihood."""
+def learns_commits(batch: MaskedBatch, config: LossConfig) -> bool:
+    """Whether draws of commits are learned from.
+
+    Args:
+        batch: noisy states.
+        config: settings.
+
+    Raises:
+        ConfigError: where they are to be, and the states are not those at which they were drawn.
+    """
     if not config.commit_weight or batch.commit_rule is None:
         return False
     if batch.decision is None:

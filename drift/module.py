@@ -24,7 +24,7 @@ from drift.distributed import (
 from drift.figures import update_figures
 from drift.finite import finite_on_all_ranks
 from drift.logprobs import token_logprobs
-from drift.losses import LossConfig, kept_per_slot, kept_tokens, moving_rows, rldf_loss
+from drift.losses import LossConfig, kept_per_slot, kept_tokens, learns_commits, moving_rows, rldf_loss
 from drift.masking import masked_batch
 from drift.measured_module import placed_rollout, require_rollout
 from drift.micro_batches import micro_batches
@@ -291,8 +291,7 @@ class RLDFModule(PolicyModule):
         optimizer.step()  # no parameter has a gradient: weights and optimizer stay as they are
 
     def _log_update(self, outputs: list[LossOutput], noisy: MaskedBatch, norm: Tensor, start: float) -> None:
-        commits = noisy.decision is not None and self.loss.commit_weight > 0
-        parts = self.loss.part_names(self.num_updates, commits=commits)
+        parts = self.loss.part_names(self.num_updates, commits=learns_commits(noisy, self.loss))
         figures = update_figures(outputs, noisy, parts, weighted=self.loss.importance_cap is not None)
         self.log("loss/total", figures.pop("loss/total"), prog_bar=True)
         self.log_dict({**figures, "update/grad_norm": norm, "update/seconds": time.perf_counter() - start})
