@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 from drift import samplers
 from drift.callbacks import RolloutCallback
@@ -25,7 +28,8 @@ from drift.samplers import TimestepSampler
 from drift.sft import SFTModule
 from drift.tasks import CountdownTask, SudokuTask, Task
 
-NUM_VALIDATION, NUM_TEST = 512, 2048
+# Puzzles in validation; of runs with marks, whose falls from their best are looked at, more.
+NUM_VALIDATION, NUM_VALIDATION_LONG = 512, 2048
 # Evaluation draws nothing: its puzzles are those of a seed that no run trains on.
 _TEST_SEED = 1000
 
@@ -40,6 +44,7 @@ class Subject:
         base_steps: steps of fine-tuning on demonstrations that make the base policy; 0: a shipped policy.
         policy: the shipped policy, or the one whose shape and tokenizer the base has.
         prompts: of a step.
+        num_test: fresh puzzles for the final figure.
     """
 
     task: type[Task]
@@ -48,6 +53,7 @@ class Subject:
     base_steps: int = 0
     policy: str = "sudoku_base"
     prompts: int = 64
+    num_test: int = 2048
 
     def make(self, seed: int) -> Any:
         """The task under a seed."""
@@ -59,8 +65,9 @@ SUBJECTS = {
     "sudoku": Subject(task=SudokuTask, settings={"blanks": (8, 12)}, base_steps=550),
     "countdown": Subject(
         task=CountdownTask,
-        settings={"num_numbers": 3, "max_number": 9, "max_target": 50, "prompt": "{numbers} = {target}"},
+        settings={"num_numbers": 3, "max_number": 20, "max_target": 100, "prompt": "{numbers} = {target}"},
         base_steps=3000,
+        num_test=1024,
     ),
 }
 
@@ -101,22 +108,37 @@ class Run:
         recipe: name of the recipe.
         lr: learning rate.
         seed: of prompts, rollouts and plans.
-        budget: passes of rows through the policy; a noisy state that is learned from counts three.
+        budgets: passes of rows through the policy after which the run is looked at, in growing order; it ends
+            at the last. A noisy state that is learned from counts three.
+        fresh: measure it on fresh prompts too, not only in validation.
     """
 
     subject: str
     recipe: str
     lr: float
     seed: int
+    budgets: Sequence[float]
+    fresh: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """A run where it has spent one of its budgets."""
+
     budget: float
+    seconds: float
+    passes: float
+    steps: int
+    weights: Mapping[str, Tensor]
 
 
 class Curve(Callback):
-    """Keeps what came out along the way, and ends training where the budget is spent."""
+    """Keeps what came out along the way, marks where budgets are spent, and ends training at the last."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.points: list[dict[str, float]] = []
+        self.marks: list[Mark] = []
         self.seconds = self.passes = self._start = 0.0
         self._recent: list[tuple[float, float]] = []
 
@@ -135,8 +157,17 @@ class Curve(Callback):
         # Those of whole completions look at all states once more before any gradient.
         self.passes += rolled_out + (4 if pl_module.sampler.__module__.endswith(".sequence") else 3) * states
         self._recent.append((float(figures["reward/mean"]), float(figures["rollout/timesteps"])))
-        if self.passes >= self.run.budget:
-            trainer.should_stop = True
+        while len(self.marks) < len(self.run.budgets) and self.passes >= self.run.budgets[len(self.marks)]:
+            self.marks.append(
+                Mark(
+                    budget=self.run.budgets[len(self.marks)],
+                    seconds=self.seconds,
+                    passes=self.passes,
+                    steps=trainer.global_step,
+                    weights={name: weight.clone() for name, weight in pl_module.policy.state_dict().items()},
+                )
+            )
+        trainer.should_stop = len(self.marks) == len(self.run.budgets)
         self._start = time.perf_counter()
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -182,60 +213,77 @@ def base_policy(name: str, folder: Path, device: str) -> str:
     return str(policy)
 
 
-def learn(run: Run, recipe: Recipe, bases: Path, device: str, evaluate: int = 10) -> dict[str, Any]:
-    """What a run comes to: its curve, and its accuracies on prompts that nothing was chosen by.
+def learn(run: Run, recipe: Recipe, bases: Path, device: str, points: int = 6) -> list[dict[str, Any]]:
+    """What a run comes to at each of its budgets: its curve, and accuracies on fresh prompts.
 
     Args:
         run: what to run.
         recipe: the run's recipe.
         bases: folder of base policies.
         device: Lightning's accelerator.
-        evaluate: steps between two points of the curve.
+        points: of the curve, about; three times as many where the run has several budgets.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     subject = SUBJECTS[run.subject]
     policy = base_policy(run.subject, bases, device)
     seed_everything(run.seed)
-    loss = LossConfig(**{"tau": 0.6, "beta": 0.0, **recipe.loss})
     module = RLDFModule(
         policy,
         sampler=recipe.make_sampler(),
-        loss=loss,
+        loss=LossConfig(**{"tau": 0.6, "beta": 0.0, **recipe.loss}),
         optimizer=OptimizerConfig(**{"lr": run.lr, **recipe.optimizer}),
         num_updates=recipe.num_updates,
         micro_batch_size=4096,
     )
     curve, rollout = Curve(run), _rollout(subject, recipe, run.seed)
+    marked = len(run.budgets) > 1
+    # A step is about six passes of each of its rows.
+    steps = run.budgets[-1] / (6 * subject.prompts * recipe.group)
+    evaluate = max(1, round(steps / (3 * points if marked else points)))
     trainer = _trainer(100_000, device, [rollout, curve], evaluate)
-    data = _data(subject, run.seed)
+    data = _data(subject, run.seed, NUM_VALIDATION_LONG if marked else NUM_VALIDATION)
     trainer.validate(module, data, verbose=False)
     trainer.fit(module, data)
     trainer.validate(module, data, verbose=False)
-    steps = trainer.global_step
-    # Puzzles of another seed, and of another split than those that settings were chosen by.
-    fresh = _data(subject, _TEST_SEED + run.seed)
-    trainer.test(module, fresh, verbose=False)
-    final = accuracies(module)
-    base = RLDFModule(policy, loss=loss)
-    trainer.test(base, fresh, verbose=False)
-    counts = {"seconds": curve.seconds, "passes": curve.passes, "steps": steps}
-    return {
-        **vars(run),
-        "settings": asdict(recipe),
-        **counts,
-        "base": accuracies(base),
-        "final": final,
-        "curve": curve.points,
-    }
+    results = []
+    for mark in curve.marks:
+        result = {**vars(run), "settings": asdict(recipe)}
+        del result["budgets"], result["fresh"]
+        result |= {name: value for name, value in vars(mark).items() if name != "weights"}
+        if run.fresh:
+            module.policy.load_state_dict(mark.weights)
+            result |= {"base": _base(run, bases, device), "final": _fresh(trainer, module, run)}
+        results.append({**result, "curve": [point for point in curve.points if point["step"] <= mark.steps]})
+    return results
 
 
-def _data(subject: Subject, seed: int) -> PromptDataModule:
+def _fresh(trainer: Trainer, module: RLDFModule, run: Run) -> dict[str, float]:
+    """Accuracies on prompts of another split and seed than those that settings were chosen by."""
+    trainer.test(module, _data(SUBJECTS[run.subject], _TEST_SEED + run.seed), verbose=False)
+    return accuracies(module)
+
+
+def _base(run: Run, bases: Path, device: str) -> dict[str, float]:
+    """Accuracies of the base policy on a seed's fresh prompts, measured once."""
+    kept = bases / f"{run.subject}_{run.seed}.json"
+    if not kept.exists():
+        base = RLDFModule(base_policy(run.subject, bases, device))
+        trainer = _trainer(1, device, [_rollout(SUBJECTS[run.subject], Recipe(), run.seed)], evaluate=0)
+        bases.mkdir(parents=True, exist_ok=True)
+        # Another run of the same seed may be measuring it, too.
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(_fresh(trainer, base, run)), encoding="utf-8")
+        partial.replace(kept)
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def _data(subject: Subject, seed: int, num_validation: int = NUM_VALIDATION) -> PromptDataModule:
     return PromptDataModule(
         subject.make(seed),
         prompts_per_step=subject.prompts,
-        num_validation=NUM_VALIDATION,
-        num_test=NUM_TEST,
-        evaluation_batch_size=NUM_TEST,
+        num_validation=num_validation,
+        num_test=subject.num_test,
+        evaluation_batch_size=NUM_VALIDATION_LONG,
     )
 
 
