@@ -31,7 +31,7 @@ T_QUANTILE = 4.303
 # Share of the budget in which a learning rate is tried.
 TRIAL = 0.5
 LRS = (5e-5, 1e-4, 2e-4)
-BUDGETS = {"quickstart": 6e4, "sudoku": 4e5, "countdown": 4e5}
+BUDGETS = {"quickstart": 3e4, "sudoku": 4e5, "countdown": 4e5}
 # Further ones: about ten minutes of two cores, and three times that.
 LONG = {("sudoku", "rldf_commit"): (1.8e6, 5.4e6), ("sudoku", "weighted (RLDF)"): (1.8e6,)}
 RUNS = RESULTS / "learning_runs.jsonl"
@@ -60,7 +60,7 @@ RECIPES = {
         arguments={"floor": 0.3},
         loss={"normalisation": "trajectory"},
         decode={**_DRAWN, "temperature": 0.5},
-        optimizer={"warmup_steps": 10},
+        optimizer={"warmup_steps": 10, "average_decay": 0.98},
     ),
 }
 BEST = "rldf_commit"

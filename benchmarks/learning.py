@@ -158,15 +158,11 @@ class Curve(Callback):
         self.passes += rolled_out + (4 if pl_module.sampler.__module__.endswith(".sequence") else 3) * states
         self._recent.append((float(figures["reward/mean"]), float(figures["rollout/timesteps"])))
         while len(self.marks) < len(self.run.budgets) and self.passes >= self.run.budgets[len(self.marks)]:
-            self.marks.append(
-                Mark(
-                    budget=self.run.budgets[len(self.marks)],
-                    seconds=self.seconds,
-                    passes=self.passes,
-                    steps=trainer.global_step,
-                    weights={name: weight.clone() for name, weight in pl_module.policy.state_dict().items()},
-                )
-            )
+            with pl_module.averaged():
+                weights = {name: weight.clone() for name, weight in pl_module.policy.state_dict().items()}
+            budget, steps = self.run.budgets[len(self.marks)], trainer.global_step
+            counts = {"seconds": self.seconds, "passes": self.passes}
+            self.marks.append(Mark(budget=budget, steps=steps, weights=weights, **counts))
         trainer.should_stop = len(self.marks) == len(self.run.budgets)
         self._start = time.perf_counter()
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
 
 from drift.checkpoints import require_adapters_of, require_resumable, require_weights_of
-from drift.contract import ConfigError, PromptBatch, Rollout
+from drift.contract import ConfigError, PromptBatch
 from drift.distributed import failing_together, gathered, joined, shard
-from drift.finite import SkippedSteps
 from drift.heartbeat import Stage
-from drift.measured_module import MeasuredModule
 from drift.models import (
     DiffusionLM,
     LoRAConfig,
@@ -32,17 +29,17 @@ from drift.models import (
     require_matching_tokenizer,
     resolve_folder,
 )
-from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule, require_precise
+from drift.optimized_module import OptimizedModule
+from drift.optimizer import OptimizerConfig, require_precise
 from drift.signals import Stopped
 from drift.strategy import require_strategy
 
 DType = Literal["float32", "bfloat16"]
 _ADAPTERS = "adapters"
-_SKIPPED = "skipped_in_a_row"
 Experience = Callable[["PolicyModule", PromptBatch, int], PromptBatch]
 
 
-class PolicyModule(MeasuredModule):
+class PolicyModule(OptimizedModule):
     """Owns the policy, and evaluates the rollouts that the rollout callback attaches to every batch.
 
     Args:
@@ -75,13 +72,11 @@ class PolicyModule(MeasuredModule):
         activation_checkpointing: bool = False,
         gather_for_rollout: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer)
         if dtype not in get_args(DType):
             raise ConfigError(f"model.dtype is {dtype!r}: choose one of {list(get_args(DType))}")
         self.policy_folder = resolve_folder(policy)
         self.policy_config = read_config(self.policy_folder)
-        self.optimizer_config = optimizer
-        self.skipped = SkippedSteps(optimizer.max_skipped)
         self.policy_dtype: torch.dtype = getattr(torch, dtype)
         self.random_init = random_init
         self.lora = lora
@@ -155,12 +150,6 @@ class PolicyModule(MeasuredModule):
             shard(policy, policy.units, self.device_mesh["data_parallel"], half)
         return policy
 
-    def configure_optimizers(self) -> Any:
-        """AdamW over the trainable parameters, and its schedule, stepped once an optimizer step."""
-        optimizer = build_optimizer(self, self.optimizer_config)
-        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
     def on_after_batch_transfer(self, batch: PromptBatch, dataloader_idx: int) -> PromptBatch:
         """The batch with its rollout, which the rollout callback provides.
 
@@ -170,7 +159,8 @@ class PolicyModule(MeasuredModule):
             self.between_steps()
         if self.experience is None or not self.needs_rollout(batch):
             return batch
-        return self.experience(self, batch, dataloader_idx)
+        with nullcontext() if self.trainer.training else self.averaged():
+            return self.experience(self, batch, dataloader_idx)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -208,8 +198,8 @@ class PolicyModule(MeasuredModule):
         return None if self.lora is None else {**asdict(self.lora), "weights": self._base}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how many steps were just skipped, and what the adapters are, where there are any."""
-        checkpoint[_SKIPPED] = self.skipped.in_a_row
+        """Adds what the adapters are, where there are any."""
+        super().on_save_checkpoint(checkpoint)
         if self.lora is not None:
             checkpoint[_ADAPTERS] = self._adapters
 
@@ -221,37 +211,7 @@ class PolicyModule(MeasuredModule):
             masters = self.optimizer_config.master_weights
             num_steps = math.inf if self.may_be_finished else self.trainer.max_steps
             require_resumable(checkpoint, num_steps, masters)
-            self.skipped.in_a_row = checkpoint.get(_SKIPPED, 0)
-
-    def skip_step(self, what: str, value: Tensor, batch: PromptBatch, rollout: Rollout | None = None) -> None:
-        """Counts a step that is not to be taken, on all ranks, or stops; drops its gradients.
-
-        Args:
-            what: the number that is not finite, in words.
-            value: [], this rank's.
-            batch: the prompts.
-            rollout: their rollout, with advantages; None in fine-tuning.
-
-        Raises:
-            SampleError: too many steps in a row were skipped.
-        """
-        self.zero_grad()
-        self.skipped.add(what, value, self.global_step, batch, rollout)
-        self.log("update/skipped", 1.0)
-
-    def take_step(self) -> None:
-        """Notes that a step is taken."""
-        self.skipped.in_a_row = 0
-        self.log("update/skipped", 0.0)
-
-    def step_and_schedule(self) -> None:
-        """Takes a step of an optimization by hand, and one of its schedule."""
-        optimizer: Any = self.optimizers()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule: Any = self.lr_schedulers()
-        schedule.step()
-        self.take_step()
+        super().on_load_checkpoint(checkpoint)
 
     @contextmanager
     def generating(self) -> Iterator[None]:

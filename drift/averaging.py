@@ -1,0 +1,118 @@
+"""A running average of the weights: kept beside the optimizer's moments, evaluated in the weights' place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_AVERAGE = "average"
+# In a checkpoint: the names of every averaged parameter under its number in the optimizer.
+_AVERAGED = "averaged"
+# The average spans at most this share of the steps so far: early weights must leave it.
+_LARGEST_SHARE = 0.25
+
+
+def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Lets every step of an optimizer move its average of the weights towards them.
+
+    The average goes back about 1 / (1 - decay) steps, and over no more than the last quarter of all steps. It
+    is float32, shaped and sharded as the parameter is (Polyak and Juditsky, 1992).
+
+    Args:
+        optimizer: of the weights; its state holds `average` from the first step on.
+        decay: share of the average that a step leaves, in (0, 1).
+    """
+
+    @torch.no_grad()
+    def move(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for parameter, state in optimizer.state.items():
+            if "step" not in state:
+                continue  # it has never had a gradient
+            weights = state.get("master", parameter.detach())
+            if _AVERAGE not in state:
+                state[_AVERAGE] = weights.clone()
+            steps = float(state["step"])
+            left = min(decay, steps / (steps + 1 / _LARGEST_SHARE))
+            state[_AVERAGE].lerp_(weights, 1 - left)
+
+    optimizer.register_step_post_hook(move)
+
+
+def averages(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
+    """The average of every parameter that has one."""
+    return {parameter: state[_AVERAGE] for parameter, state in optimizer.state.items() if _AVERAGE in state}
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A context in which the parameters are their averages, rounded to their dtype."""
+    found = averages(optimizer)
+    weights = [parameter.detach().clone() for parameter in found]
+    put_averages(optimizer)
+    try:
+        yield
+    finally:
+        _copy(weights, found)
+
+
+def put_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter the value of its average."""
+    found = averages(optimizer)
+    _copy(found.values(), found)
+
+
+@torch.no_grad()
+def _copy(values: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
+    for value, parameter in zip(values, parameters, strict=True):
+        parameter.copy_(value)
+
+
+def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """The names of an optimizer's parameters, in the order of its groups; one that is tied has several."""
+    names: dict[Tensor, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def exchange(checkpoint: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
+    """Puts averages in the place of a checkpoint's weights, and those in the place of averages.
+
+    So what is tested or exported of a checkpoint is what was evaluated in training.
+
+    Args:
+        checkpoint: with the state of one optimizer, or empty, as it is on further ranks of a sharded policy.
+        names: of the optimizer's parameters, in their order.
+    """
+    weights = checkpoint["state_dict"]
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        numbers = [number for group in optimizer.get("param_groups", ()) for number in group["params"]]
+        for number, known in zip(numbers, names, strict=False):
+            state: dict[str, Any] = optimizer["state"].get(number, {})
+            if _AVERAGE in state:
+                # A state dict holds the optimizer's own states: they must stay as they are.
+                optimizer["state"][number] = {**state, _AVERAGE: weights[known[0]]}
+                weights.update(dict.fromkeys(known, state[_AVERAGE]))
+
+
+def with_averages(checkpoint: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
+    """Makes averages the weights of a checkpoint that is about to be written."""
+    exchange(checkpoint, names)
+    checkpoint[_AVERAGED] = [list(known) for known in names]
+
+
+def without_averages(checkpoint: dict[str, Any], keep: bool) -> None:
+    """Gives a checkpoint that training goes on from its own weights back, where averages are in their place.
+
+    Args:
+        checkpoint: what was read.
+        keep: whether the optimizer is to go on with the averages.
+    """
+    exchange(checkpoint, checkpoint.get(_AVERAGED, []))
+    for optimizer in () if keep else checkpoint["optimizer_states"]:
+        for state in optimizer["state"].values():
+            state.pop(_AVERAGE, None)

@@ -1,0 +1,87 @@
+"""A LightningModule that takes optimizer steps, skips some, and knows the average of its weights."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from drift.averaging import averaged, parameter_names, put_averages, with_averages, without_averages
+from drift.contract import PromptBatch, Rollout
+from drift.finite import SkippedSteps
+from drift.measured_module import MeasuredModule
+from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule
+
+_SKIPPED = "skipped_in_a_row"
+
+
+class OptimizedModule(MeasuredModule):
+    """Optimizes its weights, and knows their average where one is kept.
+
+    Args:
+        optimizer: settings of AdamW.
+    """
+
+    def __init__(self, optimizer: OptimizerConfig) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer
+        self.skipped = SkippedSteps(optimizer.max_skipped)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over the trainable parameters, and its schedule, stepped once an optimizer step."""
+        optimizer = build_optimizer(self, self.optimizer_config)
+        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context in which the weights are their average, where training has one."""
+        optimizers = self.trainer.optimizers
+        return averaged(optimizers[0]) if optimizers else nullcontext()
+
+    def on_train_end(self) -> None:
+        """Leaves the average in the weights; the last checkpoint has been written."""
+        put_averages(self.trainer.optimizers[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds how many steps were just skipped, and puts the average in the weights' place."""
+        checkpoint[_SKIPPED] = self.skipped.in_a_row
+        if self.optimizer_config.average_decay:
+            with_averages(checkpoint, parameter_names(self, self.trainer.optimizers[0]))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Where training goes on: takes up the weights themselves, and how many steps were just skipped."""
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            without_averages(checkpoint, keep=self.optimizer_config.average_decay > 0)
+            self.skipped.in_a_row = checkpoint.get(_SKIPPED, 0)
+
+    def skip_step(self, what: str, value: Tensor, batch: PromptBatch, rollout: Rollout | None = None) -> None:
+        """Counts a step that is not to be taken, on all ranks, or stops; drops its gradients.
+
+        Args:
+            what: the number that is not finite, in words.
+            value: [], this rank's.
+            batch: the prompts.
+            rollout: their rollout, with advantages; None in fine-tuning.
+
+        Raises:
+            SampleError: too many steps in a row were skipped.
+        """
+        self.zero_grad()
+        self.skipped.add(what, value, self.global_step, batch, rollout)
+        self.log("update/skipped", 1.0)
+
+    def take_step(self) -> None:
+        """Notes that a step is taken."""
+        self.skipped.in_a_row = 0
+        self.log("update/skipped", 0.0)
+
+    def step_and_schedule(self) -> None:
+        """Takes a step of an optimization by hand, and one of its schedule."""
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule: Any = self.lr_schedulers()
+        schedule.step()
+        self.take_step()
