@@ -57,8 +57,11 @@ class ExportCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder."""
-        if self.folder is None or not isinstance(pl_module, PolicyModule):
-            return
+        if self.folder is not None and isinstance(pl_module, PolicyModule):
+            with pl_module.averaged():
+                self._write(trainer, pl_module, Path(self.folder))
+
+    def _write(self, trainer: Trainer, pl_module: PolicyModule, folder: Path) -> None:
         weights = merged_state_dict(pl_module.policy)  # which takes all ranks
         if not trainer.is_global_zero:
             return
@@ -66,10 +69,10 @@ class ExportCallback(Callback):
         write_folder(
             weights,
             pl_module.policy_folder,
-            Path(self.folder),
+            folder,
             tokenizer=data.tokenizer_folder,
             dtype=self.dtype,
             max_shard_size=self.max_shard_size,
             chat_template=data.template.added_chat_template,
         )
-        rank_zero_info(f"the policy is in {self.folder}")
+        rank_zero_info(f"the policy is in {folder}")

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drift.distributed import on_first_rank
+
 _AVERAGE = "average"
-# In a checkpoint: the names of every averaged parameter under its number in the optimizer.
-_AVERAGED = "averaged"
+# In a checkpoint whose weights are averages: the names of the optimizer's parameters, in their order.
+AVERAGED = "averaged"
 # The average spans at most this share of the steps so far: early weights must leave it.
 _LARGEST_SHARE = 0.25
 
@@ -52,23 +54,25 @@ def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context in which the parameters are their averages, rounded to their dtype."""
     found = averages(optimizer)
     weights = [parameter.detach().clone() for parameter in found]
-    put_averages(optimizer)
+    _copy(found.values(), found)
     try:
         yield
     finally:
         _copy(weights, found)
 
 
-def put_averages(optimizer: torch.optim.Optimizer) -> None:
-    """Gives every parameter the value of its average."""
+def exchange_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter the value of its average, and the average that of the parameter."""
     found = averages(optimizer)
+    weights = [parameter.detach().clone() for parameter in found]
     _copy(found.values(), found)
+    _copy(weights, found.values())
 
 
 @torch.no_grad()
-def _copy(values: Iterable[Tensor], parameters: Iterable[Tensor]) -> None:
-    for value, parameter in zip(values, parameters, strict=True):
-        parameter.copy_(value)
+def _copy(values: Iterable[Tensor], places: Iterable[Tensor]) -> None:
+    for value, place in zip(values, places, strict=True):
+        place.copy_(value)
 
 
 def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -79,17 +83,17 @@ def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def exchange(checkpoint: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
+def exchange_in(checkpoint: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
     """Puts averages in the place of a checkpoint's weights, and those in the place of averages.
 
     So what is tested or exported of a checkpoint is what was evaluated in training.
 
     Args:
-        checkpoint: with the state of one optimizer, or empty, as it is on further ranks of a sharded policy.
+        checkpoint: with the state of one optimizer; empty, as it is on further ranks of a sharded policy.
         names: of the optimizer's parameters, in their order.
     """
     weights = checkpoint["state_dict"]
-    for optimizer in checkpoint.get("optimizer_states", ()):
+    for optimizer in checkpoint["optimizer_states"]:
         numbers = [number for group in optimizer.get("param_groups", ()) for number in group["params"]]
         for number, known in zip(numbers, names, strict=False):
             state: dict[str, Any] = optimizer["state"].get(number, {})
@@ -99,10 +103,17 @@ def exchange(checkpoint: dict[str, Any], names: Sequence[Sequence[str]]) -> None
                 weights.update(dict.fromkeys(known, state[_AVERAGE]))
 
 
-def with_averages(checkpoint: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
-    """Makes averages the weights of a checkpoint that is about to be written."""
-    exchange(checkpoint, names)
-    checkpoint[_AVERAGED] = [list(known) for known in names]
+def put_in(
+    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]
+) -> None:
+    """Puts averages in the place of the weights of a checkpoint that holds nothing of the optimizer.
+
+    All ranks take part where the policy is sharded.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    found = averages(optimizer)
+    known = [(name, found[p]) for p, of in zip(parameters, names, strict=True) if p in found for name in of]
+    checkpoint["state_dict"].update(on_first_rank(dict(known)))
 
 
 def without_averages(checkpoint: dict[str, Any], keep: bool) -> None:
@@ -112,7 +123,8 @@ def without_averages(checkpoint: dict[str, Any], keep: bool) -> None:
         checkpoint: what was read.
         keep: whether the optimizer is to go on with the averages.
     """
-    exchange(checkpoint, checkpoint.get(_AVERAGED, []))
+    if AVERAGED in checkpoint:
+        exchange_in(checkpoint, checkpoint[AVERAGED])
     for optimizer in () if keep else checkpoint["optimizer_states"]:
         for state in optimizer["state"].values():
             state.pop(_AVERAGE, None)

@@ -8,7 +8,15 @@ from typing import Any
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from drift.averaging import averaged, parameter_names, put_averages, with_averages, without_averages
+from drift.averaging import (
+    AVERAGED,
+    averaged,
+    exchange_averages,
+    exchange_in,
+    parameter_names,
+    put_in,
+    without_averages,
+)
 from drift.contract import PromptBatch, Rollout
 from drift.finite import SkippedSteps
 from drift.measured_module import MeasuredModule
@@ -28,27 +36,38 @@ class OptimizedModule(MeasuredModule):
         super().__init__()
         self.optimizer_config = optimizer
         self.skipped = SkippedSteps(optimizer.max_skipped)
+        self._ended = False  # whether weights and average have changed places
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, and its schedule, stepped once an optimizer step."""
+        self._ended = False
         optimizer = build_optimizer(self, self.optimizer_config)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def averaged(self) -> AbstractContextManager[None]:
         """A context in which the weights are their average, where training has one."""
-        optimizers = self.trainer.optimizers
+        optimizers = [] if self._ended else self.trainer.optimizers
         return averaged(optimizers[0]) if optimizers else nullcontext()
 
     def on_train_end(self) -> None:
         """Leaves the average in the weights; the last checkpoint has been written."""
-        put_averages(self.trainer.optimizers[0])
+        exchange_averages(self.trainer.optimizers[0])
+        self._ended = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how many steps were just skipped, and puts the average in the weights' place."""
         checkpoint[_SKIPPED] = self.skipped.in_a_row
-        if self.optimizer_config.average_decay:
-            with_averages(checkpoint, parameter_names(self, self.trainer.optimizers[0]))
+        if not self.optimizer_config.average_decay or not self.trainer.optimizers:
+            return
+        optimizer = self.trainer.optimizers[0]
+        names = parameter_names(self, optimizer)
+        if "optimizer_states" in checkpoint:
+            checkpoint[AVERAGED] = names
+            if not self._ended:
+                exchange_in(checkpoint, names)
+        elif not self._ended:
+            put_in(checkpoint, optimizer, names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where training goes on: takes up the weights themselves, and how many steps were just skipped."""

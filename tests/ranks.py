@@ -78,6 +78,16 @@ class RaggedTask(SudokuTask):
         return problem
 
 
+class Saver(Callback):
+    """Writes a checkpoint as training ends."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_end(self, trainer, pl_module):
+        trainer.save_checkpoint(self.path)
+
+
 class Recorder(Callback):
     """Keeps rollouts, plans and metrics of every step, of all ranks."""
 
@@ -133,6 +143,7 @@ def train(
     dtype="float32",
     precision="32-true",
     master_weights=False,
+    average_decay=0.0,
     lr=1e-5,
     save=None,
     resume=None,
@@ -144,7 +155,9 @@ def train(
         "sudoku_base",
         sampler=CoupledElboSampler() if elbo else FullSampler() if full else WeightedSampler(k=2),
         loss=LossConfig(tau=tau, beta=beta, normalisation=normalisation, importance_cap=importance_cap),
-        optimizer=OptimizerConfig(lr=lr, weight_decay=0.01, master_weights=master_weights),
+        optimizer=OptimizerConfig(
+            lr=lr, weight_decay=0.01, master_weights=master_weights, average_decay=average_decay
+        ),
         train_groups=train_groups,
         micro_batch_size=micro_batch_size,
         num_updates=num_updates,
@@ -180,7 +193,7 @@ def train(
         devices=world_size(),
         precision=precision,
         strategy=ShardedStrategy(timeout=TIMEOUT) if strategy == "fsdp" else strategy,
-        callbacks=[rollout, recorder],
+        callbacks=[rollout, recorder, *([Saver(save)] if save else [])],
         val_check_interval=2,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
@@ -191,8 +204,6 @@ def train(
         use_distributed_sampler=False,
     )
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    if save:
-        trainer.save_checkpoint(save)
     held = {
         "policy": list(module.policy.parameters()),
         "reference": [] if module.reference is None else list(module.reference.parameters()),

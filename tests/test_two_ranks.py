@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {
     # Micro-batches of few states, so that some ranks have none in the last of them.
     "token, full": {"beta": 0.0, "full": True, "micro_batch_size": 6},
-    "sample, several updates": {"normalisation": "sample", "num_updates": 2, "micro_batch_size": 64},
+    "sample, several updates": {
+        "normalisation": "sample",
+        "num_updates": 2,
+        "micro_batch_size": 64,
+        "average_decay": 0.9,
+    },
     # The best group is on one rank only, and so is the one validation puzzle.
     "one group, one puzzle": {"train_groups": 1, "num_validation": 1},
     # Rounds of few prompts, so that some ranks have none of them; shares that are not even.
@@ -44,6 +49,7 @@ LAYOUTS = {
 }
 MORE = {("ddp 4", "sample, several updates"): (4, {"strategy": "ddp"})}
 MASTERS = {"strategy": "fsdp", "dtype": "bfloat16", "master_weights": True, "num_updates": 2}
+MASTERS |= {"average_decay": 0.9}
 
 
 def jobs(folder: Path) -> list[dict[str, object]]:
