@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,27 +52,30 @@ def averages(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
 @contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """A context in which the parameters are their averages, rounded to their dtype."""
-    found = averages(optimizer)
-    weights = [parameter.detach().clone() for parameter in found]
-    _copy(found.values(), found)
+    places = [(p, s[_AVERAGE], s.get("master")) for p, s in optimizer.state.items() if _AVERAGE in s]
+    with torch.no_grad():
+        for parameter, average, master in places:
+            _exchange(parameter, average) if master is None else parameter.copy_(average)
     try:
         yield
     finally:
-        _copy(weights, found)
-
-
-def exchange_averages(optimizer: torch.optim.Optimizer) -> None:
-    """Gives every parameter the value of its average, and the average that of the parameter."""
-    found = averages(optimizer)
-    weights = [parameter.detach().clone() for parameter in found]
-    _copy(found.values(), found)
-    _copy(weights, found.values())
+        with torch.no_grad():
+            for parameter, average, master in places:
+                _exchange(parameter, average) if master is None else parameter.copy_(master)
 
 
 @torch.no_grad()
-def _copy(values: Iterable[Tensor], places: Iterable[Tensor]) -> None:
-    for value, place in zip(values, places, strict=True):
-        place.copy_(value)
+def exchange_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter the value of its average, and the average that of the parameter."""
+    for parameter, average in averages(optimizer).items():
+        _exchange(parameter, average)
+
+
+def _exchange(parameter: Tensor, average: Tensor) -> None:
+    # One by one: a copy exists of one parameter at a time.
+    weights = parameter.detach().clone()
+    parameter.copy_(average)
+    average.copy_(weights)
 
 
 def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:

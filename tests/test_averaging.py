@@ -20,6 +20,16 @@ DECODE = DenoiseConfig(block_length=16, threshold=0.5, temperature=1.0)
 Weights = dict[str, torch.Tensor]
 
 
+def assert_equal(found: Weights, expected: Weights) -> None:
+    assert expected
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def assert_unequal(found: Weights, other: Weights) -> None:
+    assert any(not torch.equal(found[name], value) for name, value in other.items())
+
+
 def layers() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
@@ -52,27 +62,29 @@ def test_averages_are_those_of_a_plain_loop(masters: bool):
     assert set(averages(optimizer)) == set(module[0].parameters())
 
 
-def test_weights_are_their_averages_for_a_while_whatever_happens():
-    module = layers()
-    optimizer = build_optimizer(module, OptimizerConfig(lr=1e-2, average_decay=0.9))
+@pytest.mark.parametrize("masters", [False, True])
+def test_weights_are_their_averages_for_a_while_whatever_happens(masters: bool):
+    module = layers().to(torch.bfloat16 if masters else torch.float32)
+    config = OptimizerConfig(lr=1e-2, master_weights=masters, average_decay=0.9)
+    optimizer = build_optimizer(module, config)
     for number in range(5):
         step(module, optimizer, number)
-    before, state = copy.deepcopy(module.state_dict()), copy.deepcopy(averages(optimizer))
+    weight = module[0].weight
+    before, kept = copy.deepcopy(module.state_dict()), copy.deepcopy(averages(optimizer)[weight])
 
     def fail() -> None:
         with averaged(optimizer):
-            assert torch.equal(module[0].weight, averages(optimizer)[module[0].weight])
-            assert not torch.equal(module[0].weight, before["0.weight"])
+            assert torch.equal(weight, kept.to(weight.dtype))
+            assert not torch.equal(weight, before["0.weight"])
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert_equal(module.state_dict(), before)
+    assert torch.equal(averages(optimizer)[weight], kept)
     exchange_averages(optimizer)
-    assert torch.equal(averages(optimizer)[module[0].weight], before["0.weight"])
-    exchange_averages(optimizer)
-    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    assert [value.tolist() for value in averages(optimizer).values()] == [v.tolist() for v in state.values()]
+    assert torch.equal(weight, kept.to(weight.dtype))
+    assert torch.equal(averages(optimizer)[weight], before["0.weight"].float())
 
 
 class Look(Callback):
@@ -120,16 +132,6 @@ def train(tiny_folder: Path, spread_task, make_trainer, tmp_path: Path) -> Calla
         return look, trainer, module
 
     return run
-
-
-def assert_equal(found: Weights, expected: Weights) -> None:
-    assert expected
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-
-
-def assert_unequal(found: Weights, other: Weights) -> None:
-    assert any(not torch.equal(found[name], value) for name, value in other.items())
 
 
 def test_the_average_is_validated_saved_and_exported(train, tiny_folder, make_trainer, tmp_path: Path):

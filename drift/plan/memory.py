@@ -47,7 +47,7 @@ class MemoryPlan:
     parameters: int  # the policy's, adapters included
     gradients: int  # of all trained parameters, kept from the first micro-batch to the step
     gradient_buckets: int  # their copies for communication, where each rank has the whole policy
-    optimizer: int  # two moments, and master weights; the step counters are on the host
+    optimizer: int  # two moments, master weights and average; the step counters are on the host
     reference: int
     old_weights: int  # the weights that made the rollout, where it is trained on several times
     cast_update: int  # bfloat16 copies of weights that the graph of an update keeps
@@ -153,8 +153,9 @@ def _held(shapes: list[Shape] | tuple[Shape, ...], settings: PlanSettings) -> in
 
 
 def _state_bytes(settings: PlanSettings) -> int:
-    """Bytes of optimizer state for each trained parameter: two moments, and the master weight."""
-    return 3 * FULL if settings.master_weights else 2 * settings.trained_bytes
+    """Bytes of optimizer state for each trained parameter: two moments, the master weight, the average."""
+    moments = 3 * FULL if settings.master_weights else 2 * settings.trained_bytes
+    return moments + FULL * settings.average
 
 
 def _step_temporaries(settings: PlanSettings, groups: tuple[tuple[Shape, ...], ...]) -> int:

@@ -27,6 +27,7 @@ class PlanSettings:
         dtype: model.dtype, `float32` or `bfloat16`.
         precision: trainer.precision: `32-true`, `bf16-mixed` or `bf16-true`.
         master_weights: model.optimizer.master_weights.
+        average: whether model.optimizer.average_decay is > 0.
         activation_checkpointing: model.activation_checkpointing.
         lora_rank: model.lora.rank; None: no adapters, all weights are trained.
         lora_targets: model.lora.targets.
@@ -57,6 +58,7 @@ class PlanSettings:
     dtype: str = "float32"
     precision: str = "32-true"
     master_weights: bool = False
+    average: bool = False
     activation_checkpointing: bool = False
     lora_rank: int | None = None
     lora_targets: tuple[str, ...] | None = None

@@ -44,15 +44,18 @@ def nbytes(tensors) -> int:
         {},
         {"dtype": "bfloat16"},
         {"dtype": "bfloat16", "master_weights": True},
+        {"average": True},
+        {"dtype": "bfloat16", "master_weights": True, "average": True},
         {"lora_rank": 3},
         {"dtype": "bfloat16", "lora_rank": 4, "lora_targets": ("q_proj", "ff_out")},
     ],
-    ids=["float32", "bfloat16", "master weights", "adapters", "some adapters on bfloat16"],
+    ids=["float32", "bfloat16", "master weights", "average", "both", "adapters", "some adapters on bfloat16"],
 )
 def test_parameters_gradients_and_optimizer_are_those_of_a_run(tiny_folder, changes: dict):
     """After one real optimizer step, to the byte."""
     settings = PlanSettings(policy=policy_sizes(tiny_folder), **changes)
-    config = OptimizerConfig(master_weights=settings.master_weights)
+    decay = 0.9 if settings.average else 0.0
+    config = OptimizerConfig(master_weights=settings.master_weights, average_decay=decay)
     lora = None
     if settings.lora_rank is not None:
         targets = None if settings.lora_targets is None else list(settings.lora_targets)
