@@ -60,7 +60,7 @@ RECIPES = {
         arguments={"floor": 0.3},
         loss={"normalisation": "trajectory"},
         decode={**_DRAWN, "temperature": 0.5},
-        optimizer={"warmup_steps": 10, "average_decay": 0.98},
+        optimizer={"warmup_steps": 10, "ema_decay": 0.98},
     ),
 }
 BEST = "rldf_commit"

@@ -1,4 +1,4 @@
-"""A running average of the weights: kept beside the optimizer's moments, evaluated in the weights' place."""
+"""An exponential moving average (EMA) of the weights: kept by the optimizer, evaluated in their place."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
     """Lets every step of an optimizer move its average of the weights towards them.
 
     The average goes back about 1 / (1 - decay) steps, and over no more than the last quarter of all steps. It
-    is float32, shaped and sharded as the parameter is (Polyak and Juditsky, 1992).
+    is float32, shaped and sharded as the parameter is. Averages of iterates are less noisy than the last of
+    them (Polyak and Juditsky, SIAM J. Control Optim. 30, 1992).
 
     Args:
         optimizer: of the weights; its state holds `average` from the first step on.

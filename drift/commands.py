@@ -160,7 +160,7 @@ def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
         dtype=model.dtype,
         precision=str(trainer.precision),
         master_weights=model.optimizer.master_weights,
-        average=model.optimizer.average_decay > 0,
+        average=model.optimizer.ema_decay > 0,
         activation_checkpointing=model.activation_checkpointing,
         lora_rank=None if lora is None else lora.rank,
         lora_targets=None if lora is None or lora.targets is None else tuple(lora.targets),

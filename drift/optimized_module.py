@@ -58,7 +58,7 @@ class OptimizedModule(MeasuredModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how many steps were just skipped, and puts the average in the weights' place."""
         checkpoint[_SKIPPED] = self.skipped.in_a_row
-        if not self.optimizer_config.average_decay or not self.trainer.optimizers:
+        if not self.optimizer_config.ema_decay or not self.trainer.optimizers:
             return
         optimizer = self.trainer.optimizers[0]
         names = parameter_names(self, optimizer)
@@ -72,7 +72,7 @@ class OptimizedModule(MeasuredModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where training goes on: takes up the weights themselves, and how many steps were just skipped."""
         if self.trainer.state.fn == TrainerFn.FITTING:
-            without_averages(checkpoint, keep=self.optimizer_config.average_decay > 0)
+            without_averages(checkpoint, keep=self.optimizer_config.ema_decay > 0)
             self.skipped.in_a_row = checkpoint.get(_SKIPPED, 0)
 
     def skip_step(self, what: str, value: Tensor, batch: PromptBatch, rollout: Rollout | None = None) -> None:

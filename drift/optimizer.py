@@ -40,8 +40,8 @@ class OptimizerConfig:
         schedule: what follows until the last step: `constant`, or `linear` or `cosine` down to 0.
         master_weights: of bfloat16 weights, keep a float32 copy that the updates are added to: 12 bytes of
             optimizer state a parameter instead of 4, and no small update is lost. Gradients stay bfloat16.
-        average_decay: share that a step leaves of a running average of the weights, in [0, 1); 0: none is
-            kept. Validation, checkpoints and exports have the average; rollouts and updates have the weights
+        ema_decay: decay of an exponential moving average (EMA) of the weights, in [0, 1); 0: none is kept.
+            Validation, checkpoints and exports have the average; rollouts and updates have the weights
             themselves. It takes 4 bytes a parameter.
         max_skipped: steps in a row that are skipped where the loss or the gradient is not finite, >= 0; the
             next such step stops training with its batch saved. A skipped step counts as a step, so that the
@@ -58,7 +58,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: Schedule = "constant"
     master_weights: bool = False
-    average_decay: float = 0.0
+    ema_decay: float = 0.0
     max_skipped: int = 0
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class OptimizerConfig:
             "set it to a positive norm, or .inf for no clipping",
         )
         require(self, self.warmup_steps >= 0, "warmup_steps", "set it to 0 or more optimizer steps")
-        require(self, 0 <= self.average_decay < 1, "average_decay", "set it in [0, 1), such as 0.98")
+        require(self, 0 <= self.ema_decay < 1, "ema_decay", "set it in [0, 1), such as 0.98")
         require(self, self.max_skipped >= 0, "max_skipped", "set it to 0 or more steps in a row")
         require(
             self, self.schedule in get_args(Schedule), "schedule", f"choose one of {list(get_args(Schedule))}"
@@ -153,8 +153,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
     ]
     family = MasterAdamW if config.master_weights else torch.optim.AdamW
     optimizer = family([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
-    if config.average_decay:
-        keep_average(optimizer, config.average_decay)
+    if config.ema_decay:
+        keep_average(optimizer, config.ema_decay)
     return optimizer
 
 
@@ -172,9 +172,9 @@ def require_precise(config: OptimizerConfig, dtype: torch.dtype) -> None:
     """
     if config.master_weights and dtype == torch.float32:
         raise ConfigError(_NO_MASTERS)
-    if config.average_decay and dtype != torch.float32 and not config.master_weights:
+    if config.ema_decay and dtype != torch.float32 and not config.master_weights:
         raise ConfigError(
-            f"model.optimizer.average_decay is {config.average_decay} and the weights are bfloat16: what a "
+            f"model.optimizer.ema_decay is {config.ema_decay} and the weights are bfloat16: what a "
             "step adds to an average would be rounded away; set model.optimizer.master_weights to true"
         )
     if dtype == torch.bfloat16 and not config.master_weights and config.lr < LEAST_BFLOAT16_LR:

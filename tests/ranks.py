@@ -143,7 +143,7 @@ def train(
     dtype="float32",
     precision="32-true",
     master_weights=False,
-    average_decay=0.0,
+    ema_decay=0.0,
     lr=1e-5,
     save=None,
     resume=None,
@@ -156,7 +156,7 @@ def train(
         sampler=CoupledElboSampler() if elbo else FullSampler() if full else WeightedSampler(k=2),
         loss=LossConfig(tau=tau, beta=beta, normalisation=normalisation, importance_cap=importance_cap),
         optimizer=OptimizerConfig(
-            lr=lr, weight_decay=0.01, master_weights=master_weights, average_decay=average_decay
+            lr=lr, weight_decay=0.01, master_weights=master_weights, ema_decay=ema_decay
         ),
         train_groups=train_groups,
         micro_batch_size=micro_batch_size,

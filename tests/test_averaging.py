@@ -45,7 +45,7 @@ def step(module: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int)
 @pytest.mark.parametrize("masters", [False, True])
 def test_averages_are_those_of_a_plain_loop(masters: bool):
     module = layers().to(torch.bfloat16 if masters else torch.float32)
-    config = OptimizerConfig(lr=1e-2, master_weights=masters, average_decay=0.8)
+    config = OptimizerConfig(lr=1e-2, master_weights=masters, ema_decay=0.8)
     optimizer = build_optimizer(module, config)
     weight, expected = module[0].weight, None
     for number in range(1, 31):
@@ -65,7 +65,7 @@ def test_averages_are_those_of_a_plain_loop(masters: bool):
 @pytest.mark.parametrize("masters", [False, True])
 def test_weights_are_their_averages_for_a_while_whatever_happens(masters: bool):
     module = layers().to(torch.bfloat16 if masters else torch.float32)
-    config = OptimizerConfig(lr=1e-2, master_weights=masters, average_decay=0.9)
+    config = OptimizerConfig(lr=1e-2, master_weights=masters, ema_decay=0.9)
     optimizer = build_optimizer(module, config)
     for number in range(5):
         step(module, optimizer, number)
@@ -125,7 +125,7 @@ def train(tiny_folder: Path, spread_task, make_trainer, tmp_path: Path) -> Calla
             limit_val_batches=1.0,
             val_check_interval=2,
         )
-        optimizer = OptimizerConfig(lr=1e-3, average_decay=decay)
+        optimizer = OptimizerConfig(lr=1e-3, ema_decay=decay)
         module = RLDFModule(str(tiny_folder), optimizer=optimizer, **settings)
         data = PromptDataModule(spread_task, prompts_per_step=2, num_validation=1)
         trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
@@ -211,13 +211,13 @@ def test_weights_alone_are_the_average(train, tmp_path: Path):
 
 
 def test_settings_that_cannot_be_kept():
-    with pytest.raises(ConfigError, match=r"average_decay is 1\.0: set it in \[0, 1\), such as 0\.98"):
-        OptimizerConfig(average_decay=1.0)
-    config = OptimizerConfig(lr=1e-3, average_decay=0.9)
+    with pytest.raises(ConfigError, match=r"ema_decay is 1\.0: set it in \[0, 1\), such as 0\.98"):
+        OptimizerConfig(ema_decay=1.0)
+    config = OptimizerConfig(lr=1e-3, ema_decay=0.9)
     require_precise(config, torch.float32)
-    with pytest.raises(ConfigError, match=r"average_decay is 0\.9 and the weights are bfloat16: .* to true"):
+    with pytest.raises(ConfigError, match=r"ema_decay is 0\.9 and the weights are bfloat16: .* to true"):
         require_precise(config, torch.bfloat16)
-    require_precise(OptimizerConfig(lr=1e-3, average_decay=0.9, master_weights=True), torch.bfloat16)
+    require_precise(OptimizerConfig(lr=1e-3, ema_decay=0.9, master_weights=True), torch.bfloat16)
 
 
 def test_nothing_is_kept_where_nobody_asked():

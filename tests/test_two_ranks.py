@@ -20,7 +20,7 @@ SETTINGS = {
         "normalisation": "sample",
         "num_updates": 2,
         "micro_batch_size": 64,
-        "average_decay": 0.9,
+        "ema_decay": 0.9,
     },
     # The best group is on one rank only, and so is the one validation puzzle.
     "one group, one puzzle": {"train_groups": 1, "num_validation": 1},
@@ -49,7 +49,7 @@ LAYOUTS = {
 }
 MORE = {("ddp 4", "sample, several updates"): (4, {"strategy": "ddp"})}
 MASTERS = {"strategy": "fsdp", "dtype": "bfloat16", "master_weights": True, "num_updates": 2}
-MASTERS |= {"average_decay": 0.9}
+MASTERS |= {"ema_decay": 0.9}
 
 
 def jobs(folder: Path) -> list[dict[str, object]]:

@@ -27,7 +27,7 @@ class PlanSettings:
         dtype: model.dtype, `float32` or `bfloat16`.
         precision: trainer.precision: `32-true`, `bf16-mixed` or `bf16-true`.
         master_weights: model.optimizer.master_weights.
-        average: whether model.optimizer.average_decay is > 0.
+        average: whether model.optimizer.ema_decay is > 0.
         activation_checkpointing: model.activation_checkpointing.
         lora_rank: model.lora.rank; None: no adapters, all weights are trained.
         lora_targets: model.lora.targets.

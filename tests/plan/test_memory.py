@@ -55,7 +55,7 @@ def test_parameters_gradients_and_optimizer_are_those_of_a_run(tiny_folder, chan
     """After one real optimizer step, to the byte."""
     settings = PlanSettings(policy=policy_sizes(tiny_folder), **changes)
     decay = 0.9 if settings.average else 0.0
-    config = OptimizerConfig(master_weights=settings.master_weights, average_decay=decay)
+    config = OptimizerConfig(master_weights=settings.master_weights, ema_decay=decay)
     lora = None
     if settings.lora_rank is not None:
         targets = None if settings.lora_targets is None else list(settings.lora_targets)
