@@ -58,8 +58,8 @@ class ExportCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the folder."""
         if self.folder is not None and isinstance(pl_module, PolicyModule):
-            with pl_module.averaged():
-                self._write(trainer, pl_module, Path(self.folder))
+            pl_module.show_average()  # where there was nothing left to train
+            self._write(trainer, pl_module, Path(self.folder))
 
     def _write(self, trainer: Trainer, pl_module: PolicyModule, folder: Path) -> None:
         weights = merged_state_dict(pl_module.policy)  # which takes all ranks

@@ -260,11 +260,13 @@ class RolloutCallback(Callback):
     def _start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Around all batches: ranks may have different numbers of them.
         assert isinstance(pl_module, PolicyModule)
+        pl_module.show_average()  # before weights are gathered
         self._evaluation.enter_context(pl_module.at_own_pace())
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
         self._evaluation.close()
+        pl_module.hide_average()
         if pl_module.meet is not None:
             pl_module.meet()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,8 +32,8 @@ def keep_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
     @torch.no_grad()
     def move(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for parameter, state in optimizer.state.items():
-            if "step" not in state:
-                continue  # it has never had a gradient
+            if parameter.grad is None:
+                continue  # this step was skipped
             weights = state.get("master", parameter.detach())
             if _AVERAGE not in state:
                 state[_AVERAGE] = weights.clone()
@@ -50,26 +49,28 @@ def averages(optimizer: torch.optim.Optimizer) -> dict[Tensor, Tensor]:
     return {parameter: state[_AVERAGE] for parameter, state in optimizer.state.items() if _AVERAGE in state}
 
 
-@contextmanager
-def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """A context in which the parameters are their averages, rounded to their dtype."""
-    places = [(p, s[_AVERAGE], s.get("master")) for p, s in optimizer.state.items() if _AVERAGE in s]
-    with torch.no_grad():
-        for parameter, average, master in places:
-            _exchange(parameter, average) if master is None else parameter.copy_(average)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, average, master in places:
-                _exchange(parameter, average) if master is None else parameter.copy_(master)
+@torch.no_grad()
+def show_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter the value of its average, rounded to its dtype.
+
+    The average keeps the parameter's value meanwhile, unless there is a master weight to have it from.
+    """
+    for parameter, average in averages(optimizer).items():
+        if "master" in optimizer.state[parameter]:
+            parameter.copy_(average)
+        else:
+            _exchange(parameter, average)
 
 
 @torch.no_grad()
-def exchange_averages(optimizer: torch.optim.Optimizer) -> None:
-    """Gives every parameter the value of its average, and the average that of the parameter."""
+def hide_averages(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter its own value back, after `show_averages`."""
     for parameter, average in averages(optimizer).items():
-        _exchange(parameter, average)
+        master = optimizer.state[parameter].get("master")
+        if master is not None:
+            parameter.copy_(master)
+        else:
+            _exchange(parameter, average)
 
 
 def _exchange(parameter: Tensor, average: Tensor) -> None:
@@ -87,24 +88,28 @@ def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def exchange_in(checkpoint: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
-    """Puts averages in the place of a checkpoint's weights, and those in the place of averages.
+def with_averages(checkpoint: dict[str, Any], names: Sequence[Sequence[str]], shown: bool) -> None:
+    """Puts averages in the place of a checkpoint's weights, and the weights in that of the averages.
 
     So what is tested or exported of a checkpoint is what was evaluated in training.
 
     Args:
-        checkpoint: with the state of one optimizer; empty, as it is on further ranks of a sharded policy.
+        checkpoint: about to be written, with the state of one optimizer; empty on further ranks of a sharded
+            policy.
         names: of the optimizer's parameters, in their order.
+        shown: whether the parameters have the value of their averages.
     """
+    checkpoint[AVERAGED] = [list(known) for known in names]
     weights = checkpoint["state_dict"]
-    for optimizer in checkpoint["optimizer_states"]:
-        numbers = [number for group in optimizer.get("param_groups", ()) for number in group["params"]]
-        for number, known in zip(numbers, names, strict=False):
-            state: dict[str, Any] = optimizer["state"].get(number, {})
-            if _AVERAGE in state:
-                # A state dict holds the optimizer's own states: they must stay as they are.
-                optimizer["state"][number] = {**state, _AVERAGE: weights[known[0]]}
-                weights.update(dict.fromkeys(known, state[_AVERAGE]))
+    for states, number, known in _places(checkpoint):
+        average, at_hand = states[number][_AVERAGE], weights[known[0]]
+        if "master" in states[number]:
+            own = states[number]["master"].to(at_hand.dtype)
+        else:
+            own, average = (average, at_hand) if shown else (at_hand, average)
+        # A state dict holds the optimizer's own states: they must stay as they are.
+        states[number] = {**states[number], _AVERAGE: own}
+        weights.update(dict.fromkeys(known, average))
 
 
 def put_in(
@@ -127,8 +132,18 @@ def without_averages(checkpoint: dict[str, Any], keep: bool) -> None:
         checkpoint: what was read.
         keep: whether the optimizer is to go on with the averages.
     """
-    if AVERAGED in checkpoint:
-        exchange_in(checkpoint, checkpoint[AVERAGED])
-    for optimizer in () if keep else checkpoint["optimizer_states"]:
-        for state in optimizer["state"].values():
-            state.pop(_AVERAGE, None)
+    for states, number, known in _places(checkpoint):
+        state, weights = states[number], checkpoint["state_dict"]
+        state[_AVERAGE], own = weights[known[0]], state[_AVERAGE]
+        weights.update(dict.fromkeys(known, own))
+        if not keep:
+            del state[_AVERAGE]
+
+
+def _places(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[int, dict[str, Any]], int, list[str]]]:
+    """Where a checkpoint has averages: states of the optimizer, number in them, names in its weights."""
+    for optimizer in checkpoint["optimizer_states"]:
+        numbers = [number for group in optimizer.get("param_groups", ()) for number in group["params"]]
+        for number, known in zip(numbers, checkpoint.get(AVERAGED, []), strict=False):
+            if _AVERAGE in optimizer["state"].get(number, {}):
+                yield optimizer["state"], number, known

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from drift.averaging import (
-    AVERAGED,
-    averaged,
-    exchange_averages,
-    exchange_in,
+    hide_averages,
     parameter_names,
     put_in,
+    show_averages,
+    with_averages,
     without_averages,
 )
 from drift.contract import PromptBatch, Rollout
@@ -36,37 +34,47 @@ class OptimizedModule(MeasuredModule):
         super().__init__()
         self.optimizer_config = optimizer
         self.skipped = SkippedSteps(optimizer.max_skipped)
-        self._ended = False  # whether weights and average have changed places
+        self._shown = False  # whether the weights have the value of their average
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, and its schedule, stepped once an optimizer step."""
-        self._ended = False
+        self._shown = False
         optimizer = build_optimizer(self, self.optimizer_config)
         schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """A context in which the weights are their average, where training has one."""
-        optimizers = [] if self._ended else self.trainer.optimizers
-        return averaged(optimizers[0]) if optimizers else nullcontext()
+    def show_average(self) -> None:
+        """Gives the weights the value of their average, where training keeps one; on all ranks."""
+        if self._averages and not self._shown:
+            show_averages(self.trainer.optimizers[0])
+            self._shown = True
+
+    def hide_average(self) -> None:
+        """Gives the weights their own value back."""
+        if self._averages and self._shown:
+            hide_averages(self.trainer.optimizers[0])
+            self._shown = False
+
+    @property
+    def _averages(self) -> bool:
+        """Whether there is an average to be seen: not by other commands, whose weights may be of any file."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        return fitting and self.optimizer_config.ema_decay > 0 and bool(self.trainer.optimizers)
 
     def on_train_end(self) -> None:
-        """Leaves the average in the weights; the last checkpoint has been written."""
-        exchange_averages(self.trainer.optimizers[0])
-        self._ended = True
+        """Leaves the average in the weights, for whoever uses them next; the last checkpoint is written."""
+        self.show_average()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how many steps were just skipped, and puts the average in the weights' place."""
         checkpoint[_SKIPPED] = self.skipped.in_a_row
-        if not self.optimizer_config.ema_decay or not self.trainer.optimizers:
+        if self.optimizer_config.ema_decay == 0 or not self.trainer.optimizers:
             return
         optimizer = self.trainer.optimizers[0]
         names = parameter_names(self, optimizer)
         if "optimizer_states" in checkpoint:
-            checkpoint[AVERAGED] = names
-            if not self._ended:
-                exchange_in(checkpoint, names)
-        elif not self._ended:
+            with_averages(checkpoint, names, self._shown)
+        elif not self._shown:
             put_in(checkpoint, optimizer, names)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -159,8 +159,7 @@ class PolicyModule(OptimizedModule):
             self.between_steps()
         if self.experience is None or not self.needs_rollout(batch):
             return batch
-        with nullcontext() if self.trainer.training else self.averaged():
-            return self.experience(self, batch, dataloader_idx)
+        return self.experience(self, batch, dataloader_idx)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

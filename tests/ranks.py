@@ -25,6 +25,7 @@ import torch.distributed as dist
 from lightning import Callback, Trainer, seed_everything
 from torch.distributed.device_mesh import init_device_mesh
 
+from drift.averaging import averages
 from drift.callbacks import RolloutCallback
 from drift.contract import ConfigError
 from drift.data import PromptDataModule
@@ -36,6 +37,7 @@ from drift.distributed import (
     rank,
     require_agreement,
     shard,
+    whole,
     world_size,
 )
 from drift.logprobs import token_logprobs
@@ -86,6 +88,25 @@ class Saver(Callback):
 
     def on_train_end(self, trainer, pl_module):
         trainer.save_checkpoint(self.path)
+
+
+class Probe(Callback):
+    """Keeps what the policy gives in validation, and its weights and their average after it; by rank."""
+
+    def __init__(self):
+        self.ids = torch.arange(2, 42)[None]
+        self.found = {}
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        with torch.no_grad():
+            self.found["logits"] = pl_module.policy.logits(self.ids)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if "logits" in self.found and "weights" not in self.found:
+            kept = averages(trainer.optimizers[0])
+            named = list(pl_module.policy.named_parameters())
+            self.found["weights"] = {name: whole(p.detach()).clone() for name, p in named}
+            self.found["averages"] = {name: whole(kept[p]).clone() for name, p in named}
 
 
 class Recorder(Callback):
@@ -145,6 +166,7 @@ def train(
     master_weights=False,
     ema_decay=0.0,
     lr=1e-5,
+    probe=False,
     save=None,
     resume=None,
     export=None,
@@ -185,7 +207,7 @@ def train(
         evaluation=DenoiseConfig(block_length=16),
         refill_rounds=refill_rounds,
     )
-    recorder = Recorder()
+    recorder, probe_ = Recorder(), Probe()
     recorder.watch(module)
     trainer = Trainer(
         max_steps=max_steps,
@@ -193,7 +215,7 @@ def train(
         devices=world_size(),
         precision=precision,
         strategy=ShardedStrategy(timeout=TIMEOUT) if strategy == "fsdp" else strategy,
-        callbacks=[rollout, recorder, *([Saver(save)] if save else [])],
+        callbacks=[rollout, recorder, *([Saver(save)] if save else []), *([probe_] if probe else [])],
         val_check_interval=2,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
@@ -214,6 +236,7 @@ def train(
         "passes": recorder.passes,
         "bytes": {name: sum(map(local_bytes, tensors)) for name, tensors in held.items()},
         "weights": {name: value.clone() for name, value in merged_state_dict(module.policy).items()},
+        "probe": probe_.found,
     }
 
 

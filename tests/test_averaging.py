@@ -1,12 +1,12 @@
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Callback
 
-from drift.averaging import averaged, averages, exchange_averages, keep_average
+from drift.averaging import averages, hide_averages, keep_average, show_averages
 from drift.callbacks import CheckpointCallback, ExportCallback, RolloutCallback
 from drift.contract import ConfigError
 from drift.data import PromptDataModule
@@ -63,7 +63,7 @@ def test_averages_are_those_of_a_plain_loop(masters: bool):
 
 
 @pytest.mark.parametrize("masters", [False, True])
-def test_weights_are_their_averages_for_a_while_whatever_happens(masters: bool):
+def test_weights_have_the_value_of_their_averages_for_a_while(masters: bool):
     module = layers().to(torch.bfloat16 if masters else torch.float32)
     config = OptimizerConfig(lr=1e-2, master_weights=masters, ema_decay=0.9)
     optimizer = build_optimizer(module, config)
@@ -71,20 +71,25 @@ def test_weights_are_their_averages_for_a_while_whatever_happens(masters: bool):
         step(module, optimizer, number)
     weight = module[0].weight
     before, kept = copy.deepcopy(module.state_dict()), copy.deepcopy(averages(optimizer)[weight])
-
-    def fail() -> None:
-        with averaged(optimizer):
-            assert torch.equal(weight, kept.to(weight.dtype))
-            assert not torch.equal(weight, before["0.weight"])
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
+    show_averages(optimizer)
+    assert torch.equal(weight, kept.to(weight.dtype))
+    assert not torch.equal(weight, before["0.weight"])
+    hide_averages(optimizer)
     assert_equal(module.state_dict(), before)
     assert torch.equal(averages(optimizer)[weight], kept)
-    exchange_averages(optimizer)
-    assert torch.equal(weight, kept.to(weight.dtype))
-    assert torch.equal(averages(optimizer)[weight], before["0.weight"].float())
+
+
+def test_a_step_that_is_skipped_leaves_the_average():
+    module = layers()
+    optimizer = build_optimizer(module, OptimizerConfig(lr=1e-2, ema_decay=0.9))
+    for number in range(5):
+        step(module, optimizer, number)
+    kept = copy.deepcopy(averages(optimizer)[module[0].weight])
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(averages(optimizer)[module[0].weight], kept)
+    step(module, optimizer, 5)
+    assert not torch.equal(averages(optimizer)[module[0].weight], kept)
 
 
 class Look(Callback):
@@ -114,18 +119,26 @@ class Look(Callback):
 
 @pytest.fixture
 def train(tiny_folder: Path, spread_task, make_trainer, tmp_path: Path) -> Callable[..., tuple]:
-    def run(name: str, steps: int, decay: float = 0.9, ckpt_path: Path | None = None, **settings):
+    def run(
+        name: str,
+        steps: int,
+        decay: float = 0.9,
+        masters: bool = False,
+        ckpt_path: Path | None = None,
+        more: Sequence[Callback] = (),
+        **settings,
+    ):
         look, export = Look(), ExportCallback(str(tmp_path / name / "policy"))
         checkpoint = CheckpointCallback(monitor="val/accuracy", dirpath=str(tmp_path / name / "kept"))
         rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
         trainer = make_trainer(
             steps,
-            callbacks=[rollout, look, export, checkpoint],
+            callbacks=[rollout, look, export, checkpoint, *more],
             enable_checkpointing=True,
             limit_val_batches=1.0,
             val_check_interval=2,
         )
-        optimizer = OptimizerConfig(lr=1e-3, ema_decay=decay)
+        optimizer = OptimizerConfig(lr=1e-3, ema_decay=decay, master_weights=masters)
         module = RLDFModule(str(tiny_folder), optimizer=optimizer, **settings)
         data = PromptDataModule(spread_task, prompts_per_step=2, num_validation=1)
         trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
@@ -168,11 +181,32 @@ def test_a_resumed_run_goes_on_bit_by_bit(train, tmp_path: Path, settings: dict)
             assert_equal(found, expected)
 
 
-def test_what_is_saved_after_training_goes_on_too(train, tmp_path: Path):
-    whole, *_ = train("whole", 6)
-    _, trainer, _ = train("begun", 3)
+@pytest.mark.parametrize("masters", [False, True])
+def test_what_is_saved_after_training_goes_on_too(train, tmp_path: Path, masters: bool):
+    settings = {"masters": masters, "dtype": "bfloat16" if masters else "float32"}
+    whole, *_ = train("whole", 6, **settings)
+    _, trainer, _ = train("begun", 3, **settings)
     trainer.save_checkpoint(tmp_path / "after.ckpt")
-    resumed, *_ = train("resumed", 6, ckpt_path=tmp_path / "after.ckpt")
+    resumed, *_ = train("resumed", 6, ckpt_path=tmp_path / "after.ckpt", **settings)
+    assert_equal(resumed.weights[-1], whole.weights[-1])
+    assert_equal(resumed.averages[-1], whole.averages[-1])
+
+
+@pytest.mark.parametrize("masters", [False, True])
+def test_what_is_saved_where_validation_fails_goes_on_too(train, tmp_path: Path, masters: bool):
+    class Fail(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *args):
+            if trainer.global_step == 4:
+                raise ZeroDivisionError
+
+        def on_exception(self, trainer, pl_module, exception):
+            trainer.save_checkpoint(tmp_path / "rescue.ckpt")
+
+    settings = {"masters": masters, "dtype": "bfloat16" if masters else "float32"}
+    whole, *_ = train("whole", 6, **settings)
+    with pytest.raises(ZeroDivisionError):
+        train("failed", 6, more=[Fail()], **settings)
+    resumed, *_ = train("resumed", 6, ckpt_path=tmp_path / "rescue.ckpt", **settings)
     assert_equal(resumed.weights[-1], whole.weights[-1])
     assert_equal(resumed.averages[-1], whole.averages[-1])
 

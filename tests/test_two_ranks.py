@@ -82,6 +82,9 @@ def jobs(folder: Path) -> list[dict[str, object]]:
     refilled, file = SETTINGS["refilled"], str(folder / "refilled.ckpt")
     add("refilled, saved by 2", 2, **refilled, strategy="ddp", max_steps=2, save=file)
     add("refilled, resumed by 4", 4, **refilled, strategy="ddp", resume=file)
+    probed = {"lr": 1e-3, "beta": 0.0, "max_steps": 3, "probe": True}
+    for layout, (ranks, how) in LAYOUTS.items():
+        add(f"averages, {layout}", ranks, **probed, ema_decay=0.9, **how)
     add("masters whole", 2, **MASTERS)
     add("masters saved", 2, **MASTERS, max_steps=3, save=halves)
     add("masters resumed", 2, **MASTERS, resume=halves)
@@ -305,6 +308,19 @@ def test_an_interrupted_sharded_run_goes_on_bit_by_bit(result):
             assert torch.equal(ours[name], theirs[name]), name
     assert all(torch.equal(resumed["weights"][name], value) for name, value in whole["weights"].items())
     assert all(value.dtype == torch.bfloat16 for value in whole["weights"].values())
+
+
+@pytest.mark.two_ranks
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_validation_sees_the_average_however_weights_are_held(result, layout: str):
+    found = result(f"averages, {layout}")["probe"]
+    policy, seen = load_policy("sudoku_base").eval(), {}
+    for name in ("weights", "averages"):
+        policy.load_state_dict(found[name])
+        with torch.no_grad():
+            seen[name] = policy.logits(torch.arange(2, 42)[None])
+    torch.testing.assert_close(found["logits"], seen["averages"], rtol=1e-4, atol=1e-4)
+    assert (found["logits"] - seen["weights"]).abs().max() > 0.01
 
 
 @pytest.mark.two_ranks
