@@ -20,10 +20,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from common import RESULTS, table, write
-from learning import SUBJECTS, Recipe, Run, base_policy, learn
+from learning import EMA_DECAY, SUBJECTS, Recipe, Run, base_policy, learn
 
 SEEDS, LR_SEED = (0, 1, 2), 100
 # Of 0.975, for as many seeds (two degrees of freedom).
@@ -60,7 +61,7 @@ RECIPES = {
         arguments={"floor": 0.3},
         loss={"normalisation": "trajectory"},
         decode={**_DRAWN, "temperature": 0.5},
-        optimizer={"warmup_steps": 10, "ema_decay": 0.98},
+        optimizer={"warmup_steps": 10, "ema_decay": EMA_DECAY},
     ),
 }
 BEST = "rldf_commit"
@@ -77,7 +78,7 @@ def keys(run: Run) -> list[tuple[Any, ...]]:
 
 
 def done() -> list[dict[str, Any]]:
-    """All runs that have been made, of recipes that are still set as they were.
+    """All runs that have been made, of recipes and tasks that are still set as they were.
 
     Seconds are null where nobody kept a clock.
     """
@@ -85,7 +86,12 @@ def done() -> list[dict[str, Any]]:
         return []
     runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
     settings = {name: json.loads(json.dumps(asdict(recipe))) for name, recipe in RECIPES.items()}
-    return [run for run in runs if run["settings"] == settings.get(run["recipe"])]
+    tasks = {name: subject.description() for name, subject in SUBJECTS.items()}
+
+    def as_now(run: dict[str, Any]) -> bool:
+        return run["settings"] == settings.get(run["recipe"]) and run["task"] == tasks[run["subject"]]
+
+    return [run for run in runs if as_now(run)]
 
 
 def made(subject: str, recipe: str, budget: float, seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -102,12 +108,14 @@ def make(runs: Iterable[Run], workers: int, device: str) -> None:
     threads = max(1, (os.cpu_count() or 1) // workers)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
+    lock = Lock()
+
     def start(run: Run) -> None:
         command = [sys.executable, __file__, "--device", device, "--one", json.dumps(vars(run))]
         found = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         results = json.loads(found.stdout.splitlines()[-1])
-        with RUNS.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(result) + "\n" for result in results if key(result) not in known)
+        with lock, RUNS.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(result) + "\n" for result in results if key(result) not in known))
         for result in results:
             came_out = result.get("final", result["curve"][-1])["accuracy"]
             print(f"{key(result)}: {came_out:.3f}, {result['seconds']:.0f} s", flush=True)
@@ -135,8 +143,9 @@ def rows_of(subject: str, budget: float) -> list[dict[str, Any]]:
                 "seeds": len(runs),
                 "base": _spread(runs, "base", "accuracy"),
                 "accuracy": _spread(runs, "final", "accuracy"),
+                "of the last weights": _spread(runs, "last", "accuracy"),
                 "gain, points": _interval([_gain(run) for run in runs]),
-                f"less than {BEST} by": _interval(_behind(runs, made(subject, BEST, budget, SEEDS))),
+                f"less than {BEST} by": _interval(_behind(runs, _best(subject, budget))),
                 "one by one, base": _spread(runs, "base", "one by one"),
                 "one by one": _spread(runs, "final", "one by one"),
                 "timesteps, base": _spread(runs, "base", "timesteps", digits=2),
@@ -149,8 +158,16 @@ def rows_of(subject: str, budget: float) -> list[dict[str, Any]]:
     return rows
 
 
+def _best(subject: str, budget: float) -> list[dict[str, Any]]:
+    """Runs of the best recipe, with the learning rate of which there are most."""
+    runs = made(subject, BEST, budget, SEEDS)
+    return max(([run for run in runs if run["lr"] == lr] for lr in LRS), key=len)
+
+
 def _spread(runs: Sequence[dict[str, Any]], where: str, name: str, digits: int = 3) -> str:
-    values = [run[where][name] for run in runs]
+    values = [run[where][name] for run in runs if where in run]
+    if not values:
+        return "-"
     mean, seeds = statistics.mean(values), ", ".join(f"{value:.{digits}f}" for value in values)
     return f"{mean:.{digits}f} ({seeds})"
 
@@ -191,7 +208,8 @@ def report() -> None:
     }
     tables = {name: rows for name, rows in tables.items() if rows}
     markdown = (
-        "# Learning\n\n`python benchmarks/bench_learning.py`; means over seeds, each seed in brackets\n"
+        "# Learning\n\n`python benchmarks/bench_learning.py`; means over seeds, each seed in brackets. Runs are "
+        f"measured by an average of their weights (EMA, {EMA_DECAY}), and by their last weights.\n"
     )
     markdown += "".join(f"\n## {name}\n\n{table(rows)}\n" for name, rows in tables.items())
     runs = [run for run in done() if run["seed"] in SEEDS]

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from drift.samplers import TimestepSampler
 from drift.sft import SFTModule
 from drift.tasks import CountdownTask, SudokuTask, Task
 
-# Puzzles in validation; of runs with marks, whose falls from their best are looked at, more.
-NUM_VALIDATION, NUM_VALIDATION_LONG = 512, 2048
+# Every run keeps this average of its weights, whatever its recipe: both are measured.
+EMA_DECAY = 0.98
+_NEVER = 10**9
 # Evaluation draws nothing: its puzzles are those of a seed that no run trains on.
 _TEST_SEED = 1000
 
@@ -44,6 +46,8 @@ class Subject:
         base_steps: steps of fine-tuning on demonstrations that make the base policy; 0: a shipped policy.
         policy: the shipped policy, or the one whose shape and tokenizer the base has.
         prompts: of a step.
+        point_passes: passes of rows between two points of the curve.
+        num_validation: puzzles for a point of the curve.
         num_test: fresh puzzles for the final figure.
     """
 
@@ -53,20 +57,31 @@ class Subject:
     base_steps: int = 0
     policy: str = "sudoku_base"
     prompts: int = 64
+    point_passes: float = 2e5
+    num_validation: int = 2048
     num_test: int = 2048
 
     def make(self, seed: int) -> Any:
         """The task under a seed."""
         return self.task(seed=seed, **self.settings)
 
+    def description(self) -> dict[str, Any]:
+        """What runs are comparable by, as JSON has it."""
+        settings = {**asdict(self), "task": self.task.__name__}
+        del settings["point_passes"], settings["num_validation"]
+        return json.loads(json.dumps(settings))
+
 
 SUBJECTS = {
-    "quickstart": Subject(task=SudokuTask, settings={"blanks": (6, 9)}, prompts=16),
+    "quickstart": Subject(
+        task=SudokuTask, settings={"blanks": (6, 9)}, prompts=16, point_passes=5e3, num_validation=512
+    ),
     "sudoku": Subject(task=SudokuTask, settings={"blanks": (8, 12)}, base_steps=550),
     "countdown": Subject(
         task=CountdownTask,
         settings={"num_numbers": 3, "max_number": 20, "max_target": 100, "prompt": "{numbers} = {target}"},
         base_steps=3000,
+        num_validation=1024,
         num_test=1024,
     ),
 }
@@ -123,13 +138,14 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A run where it has spent one of its budgets."""
+    """A run where it has spent one of its budgets: its weights, and their average."""
 
     budget: float
     seconds: float
     passes: float
     steps: int
     weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
 
 
 class Curve(Callback):
@@ -141,9 +157,11 @@ class Curve(Callback):
         self.marks: list[Mark] = []
         self.seconds = self.passes = self._start = 0.0
         self._recent: list[tuple[float, float]] = []
+        self._num_due = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Starts the clock."""
+        trainer.val_check_batch = _NEVER
         self._start = time.perf_counter()
 
     def on_train_batch_end(
@@ -158,13 +176,22 @@ class Curve(Callback):
         self.passes += rolled_out + (4 if pl_module.sampler.__module__.endswith(".sequence") else 3) * states
         self._recent.append((float(figures["reward/mean"]), float(figures["rollout/timesteps"])))
         while len(self.marks) < len(self.run.budgets) and self.passes >= self.run.budgets[len(self.marks)]:
-            with pl_module.averaged():
-                weights = {name: weight.clone() for name, weight in pl_module.policy.state_dict().items()}
-            budget, steps = self.run.budgets[len(self.marks)], trainer.global_step
-            counts = {"seconds": self.seconds, "passes": self.passes}
-            self.marks.append(Mark(budget=budget, steps=steps, weights=weights, **counts))
+            self._mark(trainer.global_step, pl_module)
         trainer.should_stop = len(self.marks) == len(self.run.budgets)
+        points = self.passes // SUBJECTS[self.run.subject].point_passes
+        # Lightning asks by number of batches.
+        trainer.val_check_batch = 1 if points > self._num_due else _NEVER
+        self._num_due = points
         self._start = time.perf_counter()
+
+    def _mark(self, step: int, module: Any) -> None:
+        counts = {"seconds": self.seconds, "passes": self.passes}
+        weights = {name: weight.clone() for name, weight in module.policy.state_dict().items()}
+        module.show_average()
+        average = {name: weight.clone() for name, weight in module.policy.state_dict().items()}
+        module.hide_average()
+        budget = self.run.budgets[len(self.marks)]
+        self.marks.append(Mark(budget=budget, steps=step, weights=weights, average=average, **counts))
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Stops the clock."""
@@ -195,13 +222,13 @@ def base_policy(name: str, folder: Path, device: str) -> str:
     subject = SUBJECTS[name]
     if not subject.base_steps:
         return subject.policy
-    policy = folder / name
+    policy = folder / f"{name}_{_digest(subject)}"
     if not (policy / "config.json").exists():
         seed_everything(0)
         optimizer = OptimizerConfig(lr=2e-3, schedule="linear")
         module = SFTModule(subject.policy, optimizer=optimizer, random_init=True)
         data = PromptDataModule(subject.make(0), prompts_per_step=64, demonstration_length=subject.length)
-        trainer = _trainer(subject.base_steps, device, [_rollout(subject, Recipe(), 0)], evaluate=0)
+        trainer = _trainer(subject.base_steps, device, [_rollout(subject, Recipe(), 0)], evaluate=False)
         trainer.fit(module, data)
         module.policy.save_pretrained(policy)
         for part in ("tokenizer.json", "tokenizer_config.json"):
@@ -209,15 +236,20 @@ def base_policy(name: str, folder: Path, device: str) -> str:
     return str(policy)
 
 
-def learn(run: Run, recipe: Recipe, bases: Path, device: str, points: int = 6) -> list[dict[str, Any]]:
+def _digest(subject: Subject) -> str:
+    return blake2b(json.dumps(subject.description()).encode(), digest_size=4).hexdigest()
+
+
+def learn(run: Run, recipe: Recipe, bases: Path, device: str) -> list[dict[str, Any]]:
     """What a run comes to at each of its budgets: its curve, and accuracies on fresh prompts.
+
+    Points of the curve, and `final`, are of the average of the weights; `last` is of the weights themselves.
 
     Args:
         run: what to run.
         recipe: the run's recipe.
         bases: folder of base policies.
         device: Lightning's accelerator.
-        points: of the curve, about; three times as many where the run has several budgets.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     subject = SUBJECTS[run.subject]
@@ -227,28 +259,26 @@ def learn(run: Run, recipe: Recipe, bases: Path, device: str, points: int = 6) -
         policy,
         sampler=recipe.make_sampler(),
         loss=LossConfig(**{"tau": 0.6, "beta": 0.0, **recipe.loss}),
-        optimizer=OptimizerConfig(**{"lr": run.lr, **recipe.optimizer}),
+        optimizer=OptimizerConfig(**{"lr": run.lr, "ema_decay": EMA_DECAY, **recipe.optimizer}),
         num_updates=recipe.num_updates,
         micro_batch_size=4096,
     )
     curve, rollout = Curve(run), _rollout(subject, recipe, run.seed)
-    marked = len(run.budgets) > 1
-    # A step is about six passes of each of its rows.
-    steps = run.budgets[-1] / (6 * subject.prompts * recipe.group)
-    evaluate = max(1, round(steps / (3 * points if marked else points)))
-    trainer = _trainer(100_000, device, [rollout, curve], evaluate)
-    data = _data(subject, run.seed, NUM_VALIDATION_LONG if marked else NUM_VALIDATION)
+    trainer = _trainer(100_000, device, [rollout, curve], evaluate=True)
+    data = _data(subject, run.seed)
     trainer.validate(module, data, verbose=False)
     trainer.fit(module, data)
     trainer.validate(module, data, verbose=False)
     results = []
     for mark in curve.marks:
-        result = {**vars(run), "settings": asdict(recipe)}
+        result = {**vars(run), "settings": asdict(recipe), "task": subject.description()}
         del result["budgets"], result["fresh"]
-        result |= {name: value for name, value in vars(mark).items() if name != "weights"}
+        result |= {name: getattr(mark, name) for name in ("budget", "seconds", "passes", "steps")}
         if run.fresh:
-            module.policy.load_state_dict(mark.weights)
-            result |= {"base": _base(run, bases, device), "final": _fresh(trainer, module, run)}
+            result["base"] = _base(run, bases, device)
+            for name, weights in (("last", mark.weights), ("final", mark.average)):
+                module.policy.load_state_dict(weights)
+                result[name] = _fresh(trainer, module, run)
         results.append({**result, "curve": [point for point in curve.points if point["step"] <= mark.steps]})
     return results
 
@@ -261,10 +291,11 @@ def _fresh(trainer: Trainer, module: RLDFModule, run: Run) -> dict[str, float]:
 
 def _base(run: Run, bases: Path, device: str) -> dict[str, float]:
     """Accuracies of the base policy on a seed's fresh prompts, measured once."""
-    kept = bases / f"{run.subject}_{run.seed}.json"
+    subject = SUBJECTS[run.subject]
+    kept = bases / f"{run.subject}_{_digest(subject)}_{run.seed}.json"
     if not kept.exists():
         base = RLDFModule(base_policy(run.subject, bases, device))
-        trainer = _trainer(1, device, [_rollout(SUBJECTS[run.subject], Recipe(), run.seed)], evaluate=0)
+        trainer = _trainer(1, device, [_rollout(subject, Recipe(), run.seed)], evaluate=False)
         bases.mkdir(parents=True, exist_ok=True)
         # Another run of the same seed may be measuring it, too.
         partial = kept.with_suffix(f".{os.getpid()}")
@@ -273,13 +304,13 @@ def _base(run: Run, bases: Path, device: str) -> dict[str, float]:
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
-def _data(subject: Subject, seed: int, num_validation: int = NUM_VALIDATION) -> PromptDataModule:
+def _data(subject: Subject, seed: int) -> PromptDataModule:
     return PromptDataModule(
         subject.make(seed),
         prompts_per_step=subject.prompts,
-        num_validation=num_validation,
+        num_validation=subject.num_validation,
         num_test=subject.num_test,
-        evaluation_batch_size=NUM_VALIDATION_LONG,
+        evaluation_batch_size=subject.num_test,
     )
 
 
@@ -305,7 +336,7 @@ def _rollout(subject: Subject, recipe: Recipe, seed: int) -> RolloutCallback:
     return rollout
 
 
-def _trainer(steps: int, device: str, callbacks: list[Callback], evaluate: int) -> Trainer:
+def _trainer(steps: int, device: str, callbacks: list[Callback], evaluate: bool) -> Trainer:
     return Trainer(
         accelerator=device,
         devices=1,
@@ -316,7 +347,7 @@ def _trainer(steps: int, device: str, callbacks: list[Callback], evaluate: int) 
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=1.0 if evaluate else 0,
-        val_check_interval=evaluate or None,
+        val_check_interval=1,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
