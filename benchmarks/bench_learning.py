@@ -208,8 +208,8 @@ def report() -> None:
     }
     tables = {name: rows for name, rows in tables.items() if rows}
     markdown = (
-        "# Learning\n\n`python benchmarks/bench_learning.py`; means over seeds, each seed in brackets. Runs are "
-        f"measured by an average of their weights (EMA, {EMA_DECAY}), and by their last weights.\n"
+        "# Learning\n\n`python benchmarks/bench_learning.py`; means over seeds, each seed in brackets. Runs "
+        f"are measured by an average of their weights (EMA, {EMA_DECAY}), and by their last weights.\n"
     )
     markdown += "".join(f"\n## {name}\n\n{table(rows)}\n" for name, rows in tables.items())
     runs = [run for run in done() if run["seed"] in SEEDS]
