@@ -142,6 +142,16 @@ def _recomputation(settings: PlanSettings) -> Iterator[Option]:
         )
 
 
+def _no_average(settings: PlanSettings) -> Iterator[Option]:
+    if settings.average:
+        yield Option(
+            flags="--model.optimizer.ema_decay 0",
+            cost="no average of the weights",
+            weight=350,
+            settings=replace(settings, average=False),
+        )
+
+
 def _no_reference(settings: PlanSettings) -> Iterator[Option]:
     if settings.beta > 0:
         yield Option(
@@ -187,6 +197,7 @@ _OPTIONS: tuple[_Maker, ...] = (
     _shards,
     _gathering,
     _recomputation,
+    _no_average,
     _no_reference,
     _micro_batches,
     _rollout_batches,

@@ -120,7 +120,7 @@ def _parameters(settings: PlanSettings) -> str:
 
 
 def _optimizer(settings: PlanSettings) -> str:
-    average = ", and the average of the weights" if settings.average else ""
+    average = "; average of weights" if settings.average else ""
     if settings.master_weights:
         return f"AdamW: two moments and master weights in float32{average}"
     return f"AdamW: two moments in {_TYPES[settings.trained_bytes]}{average}"

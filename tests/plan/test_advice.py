@@ -33,6 +33,15 @@ def test_options_are_planned_again_and_ordered_by_what_they_save(known_8b: Calla
     assert by_name["--config strategy/fsdp"].settings.sharded
 
 
+def test_an_average_can_be_left_out(known_8b: Callable[..., PlanSettings]):
+    settings = known_8b(num_gpus=1)
+    by_name = {option.flags: option for option in advice(replace(settings, average=True), 80 * GIB).options}
+    assert by_name["--model.optimizer.ema_decay 0"].peak == plan_memory(settings).peak
+    assert "--model.optimizer.ema_decay 0" not in [
+        found.flags for found in advice(settings, 80 * GIB).options
+    ]
+
+
 def test_the_fewest_changes_win(known_8b: Callable[..., PlanSettings]):
     settings = known_8b(num_gpus=1)
     assert flags(settings, 70) == ("--model.lora.rank 16", "--model.micro_batch_size 2")
