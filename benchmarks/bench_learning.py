@@ -25,6 +25,7 @@ from typing import Any
 
 from common import RESULTS, table, write
 from learning import EMA_DECAY, SUBJECTS, Recipe, Run, base_policy, learn
+from matplotlib import colormaps
 
 SEEDS, LR_SEED = (0, 1, 2), 100
 # Of 0.975, for as many seeds (two degrees of freedom).
@@ -212,7 +213,9 @@ def report() -> None:
         f"are measured by an average of their weights (EMA, {EMA_DECAY}), and by their last weights.\n"
     )
     markdown += "".join(f"\n## {name}\n\n{table(rows)}\n" for name, rows in tables.items())
-    runs = [run for run in done() if run["seed"] in SEEDS]
+    # A run's longest curve holds those that it had at smaller budgets.
+    by_length = sorted((run for run in done() if run["seed"] in SEEDS), key=lambda run: run["budget"])
+    runs = list({key({**run, "budget": None}): run for run in by_length}.values())
     write(
         "bench_learning", {"benchmark": "learning", **tables}, markdown, lambda f: _draw(f, runs), quick=False
     )
@@ -226,21 +229,22 @@ def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
     figure.set_size_inches(5 * max(len(subjects), 1) + 2, 10)
     panels = figure.subplots(len(figures), 2 * max(len(subjects), 1), squeeze=False, sharey="row")
     recipes = [name for name in RECIPES if any(run["recipe"] == name for run in runs)]
+    colors = colormaps["tab10" if len(recipes) <= 10 else "tab20"]
     for run in runs:
-        column, color = 2 * subjects.index(run["subject"]), recipes.index(run["recipe"])
+        column, color = 2 * subjects.index(run["subject"]), colors(recipes.index(run["recipe"]))
         for row, name in enumerate(figures):
             for offset, against in enumerate(("passes", "seconds")):
                 if run["seconds"] is None and against == "seconds":
                     continue
                 points = [(point[against], point[name]) for point in run["curve"]]
-                panels[row, column + offset].plot(*zip(*points, strict=True), color=f"C{color % 10}", lw=1)
+                panels[row, column + offset].plot(*zip(*points, strict=True), color=color, lw=1)
     for row, label in enumerate(figures.values()):
         panels[row, 0].set_ylabel(label)
     for column, subject in enumerate(subjects):
         panels[0, 2 * column].set_title(subject)
         panels[-1, 2 * column].set_xlabel("passes of rows")
         panels[-1, 2 * column + 1].set_xlabel("seconds")
-    lines = [panels[0, 0].plot([], [], color=f"C{number % 10}")[0] for number in range(len(recipes))]
+    lines = [panels[0, 0].plot([], [], color=colors(number))[0] for number in range(len(recipes))]
     figure.legend(lines, recipes, loc="outside lower center", ncols=3, fontsize=8)
 
 
