@@ -24,8 +24,9 @@ from threading import Lock
 from typing import Any
 
 from common import RESULTS, table, write
-from learning import EMA_DECAY, SUBJECTS, Recipe, Run, base_policy, learn
+from learning import EMA_DECAY, Recipe, Run, base_policy, learn
 from matplotlib import colormaps
+from subjects import SUBJECTS
 
 SEEDS, LR_SEED = (0, 1, 2), 100
 # Of 0.975, for as many seeds (two degrees of freedom).

@@ -1,4 +1,4 @@
-"""Runs that learn: the tasks, the recipes, and one run with its curve. `bench_learning` compares them."""
+"""Runs that learn: the recipes, and one run with its curve. `bench_learning` compares them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
+from subjects import SUBJECTS, Subject
 from torch import Tensor
 
 from drift import samplers
@@ -27,64 +27,12 @@ from drift.optimizer import OptimizerConfig
 from drift.rollout import DenoiseConfig
 from drift.samplers import TimestepSampler
 from drift.sft import SFTModule
-from drift.tasks import CountdownTask, SudokuTask, Task
 
 # Every run keeps this average of its weights, whatever its recipe: both are measured.
 EMA_DECAY = 0.98
 _NEVER = 10**9
 # Evaluation draws nothing: its puzzles are those of a seed that no run trains on.
 _TEST_SEED = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A task, and the policy that starts on it.
-
-    Args:
-        task: makes the task under a seed.
-        length: positions of a completion, one block.
-        base_steps: steps of fine-tuning on demonstrations that make the base policy; 0: a shipped policy.
-        policy: the shipped policy, or the one whose shape and tokenizer the base has.
-        prompts: of a step.
-        point_passes: passes of rows between two points of the curve.
-        num_validation: puzzles for a point of the curve.
-        num_test: fresh puzzles for the final figure.
-    """
-
-    task: type[Task]
-    settings: Mapping[str, Any]
-    length: int = 16
-    base_steps: int = 0
-    policy: str = "sudoku_base"
-    prompts: int = 64
-    point_passes: float = 2e5
-    num_validation: int = 2048
-    num_test: int = 2048
-
-    def make(self, seed: int) -> Any:
-        """The task under a seed."""
-        return self.task(seed=seed, **self.settings)
-
-    def description(self) -> dict[str, Any]:
-        """What runs are comparable by, as JSON has it."""
-        settings = {**asdict(self), "task": self.task.__name__}
-        del settings["point_passes"], settings["num_validation"]
-        return json.loads(json.dumps(settings))
-
-
-SUBJECTS = {
-    "quickstart": Subject(
-        task=SudokuTask, settings={"blanks": (6, 9)}, prompts=16, point_passes=5e3, num_validation=512
-    ),
-    "sudoku": Subject(task=SudokuTask, settings={"blanks": (8, 12)}, base_steps=550),
-    "countdown": Subject(
-        task=CountdownTask,
-        settings={"num_numbers": 3, "max_number": 20, "max_target": 100, "prompt": "{numbers} = {target}"},
-        base_steps=3000,
-        num_validation=1024,
-        num_test=1024,
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +170,7 @@ def base_policy(name: str, folder: Path, device: str) -> str:
     subject = SUBJECTS[name]
     if not subject.base_steps:
         return subject.policy
-    policy = folder / f"{name}_{_digest(subject)}"
+    policy = folder / f"{name}_{subject.digest}"
     if not (policy / "config.json").exists():
         seed_everything(0)
         optimizer = OptimizerConfig(lr=2e-3, schedule="linear")
@@ -234,10 +182,6 @@ def base_policy(name: str, folder: Path, device: str) -> str:
         for part in ("tokenizer.json", "tokenizer_config.json"):
             (policy / part).write_bytes((resolve_folder(subject.policy) / part).read_bytes())
     return str(policy)
-
-
-def _digest(subject: Subject) -> str:
-    return blake2b(json.dumps(subject.description()).encode(), digest_size=4).hexdigest()
 
 
 def learn(run: Run, recipe: Recipe, bases: Path, device: str) -> list[dict[str, Any]]:
@@ -292,7 +236,7 @@ def _fresh(trainer: Trainer, module: RLDFModule, run: Run) -> dict[str, float]:
 def _base(run: Run, bases: Path, device: str) -> dict[str, float]:
     """Accuracies of the base policy on a seed's fresh prompts, measured once."""
     subject = SUBJECTS[run.subject]
-    kept = bases / f"{run.subject}_{_digest(subject)}_{run.seed}.json"
+    kept = bases / f"{run.subject}_{subject.digest}_{run.seed}.json"
     if not kept.exists():
         base = RLDFModule(base_policy(run.subject, bases, device))
         trainer = _trainer(1, device, [_rollout(subject, Recipe(), run.seed)], evaluate=False)
