@@ -54,7 +54,12 @@ class Subject:
 
 SUBJECTS = {
     "quickstart": Subject(
-        task=SudokuTask, settings={"blanks": (6, 9)}, prompts=16, point_passes=5e3, num_validation=512
+        task=SudokuTask,
+        settings={"blanks": (6, 9)},
+        prompts=16,
+        point_passes=1e4,
+        num_validation=512,
+        num_test=1024,
     ),
     "sudoku": Subject(task=SudokuTask, settings={"blanks": (8, 12)}, base_steps=550),
     "countdown": Subject(
