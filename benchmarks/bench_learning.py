@@ -228,7 +228,9 @@ def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
     figures = {"accuracy": "accuracy, threshold", "one by one": "accuracy, one by one"}
     figures |= {"timesteps": "timesteps per answer", "reward": "reward of rollouts"}
     figure.set_size_inches(5 * max(len(subjects), 1) + 2, 10)
-    panels = figure.subplots(len(figures), 2 * max(len(subjects), 1), squeeze=False, sharey="row")
+    panels = figure.subplots(len(figures), 2 * max(len(subjects), 1), squeeze=False)
+    for left, right in zip(panels[:, 0::2].flat, panels[:, 1::2].flat, strict=True):
+        right.sharey(left)
     recipes = [name for name in RECIPES if any(run["recipe"] == name for run in runs)]
     colors = colormaps["tab10" if len(recipes) <= 10 else "tab20"]
     for run in runs:
