@@ -80,10 +80,7 @@ def keys(run: Run) -> list[tuple[Any, ...]]:
 
 
 def done() -> list[dict[str, Any]]:
-    """All runs that have been made, of recipes and tasks that are still set as they were.
-
-    Seconds are null where nobody kept a clock.
-    """
+    """All runs that have been made, of recipes and tasks that are still set as they were."""
     if not RUNS.exists():
         return []
     runs = [json.loads(line) for line in RUNS.read_text(encoding="utf-8").splitlines()]
@@ -109,7 +106,6 @@ def make(runs: Iterable[Run], workers: int, device: str) -> None:
     missing = [run for run in runs if not known.issuperset(keys(run))]
     threads = max(1, (os.cpu_count() or 1) // workers)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-
     lock = Lock()
 
     def start(run: Run) -> None:
@@ -154,7 +150,7 @@ def rows_of(subject: str, budget: float) -> list[dict[str, Any]]:
                 "timesteps": _spread(runs, "final", "timesteps", digits=2),
                 "largest fall from the best": f"{max(_fall(run) for run in runs):.3f}",
                 "steps": round(statistics.mean(run["steps"] for run in runs)),
-                "seconds": ", ".join("?" if (s := run["seconds"]) is None else f"{s:.0f}" for run in runs),
+                "seconds": ", ".join(f"{run['seconds']:.0f}" for run in runs),
             }
         )
     return rows
@@ -237,8 +233,6 @@ def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
         column, color = 2 * subjects.index(run["subject"]), colors(recipes.index(run["recipe"]))
         for row, name in enumerate(figures):
             for offset, against in enumerate(("passes", "seconds")):
-                if run["seconds"] is None and against == "seconds":
-                    continue
                 points = [(point[against], point[name]) for point in run["curve"]]
                 panels[row, column + offset].plot(*zip(*points, strict=True), color=color, lw=1)
     for row, label in enumerate(figures.values()):
@@ -281,10 +275,10 @@ def main() -> None:
             for lr in LRS
         ]
         make(() if options.lr else trials, options.workers, options.device)
+        chosen = {recipe: options.lr or best_lr(subject, recipe, budget) for recipe in recipes}
         final = []
-        for seed, recipe in itertools.product(SEEDS, recipes):
+        for seed, (recipe, lr) in itertools.product(SEEDS, chosen.items()):
             budgets = (budget,) if options.budget else (budget, *LONG.get((subject, recipe), ()))
-            lr = options.lr or best_lr(subject, recipe, budget)
             final.append(Run(subject=subject, recipe=recipe, lr=lr, seed=seed, budgets=budgets))
         make(final, options.workers, options.device)
     report()

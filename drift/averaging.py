@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from drift.distributed import on_first_rank
 
 _AVERAGE = "average"
 # In a checkpoint whose weights are averages: the names of the optimizer's parameters, in their order.
-AVERAGED = "averaged"
+_AVERAGED = "averaged"
 # The average spans at most this share of the steps so far: early weights must leave it.
 _LARGEST_SHARE = 0.25
 
@@ -88,7 +88,7 @@ def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def with_averages(checkpoint: dict[str, Any], names: Sequence[Sequence[str]], shown: bool) -> None:
+def with_averages(checkpoint: dict[str, Any], names: list[list[str]], shown: bool) -> None:
     """Puts averages in the place of a checkpoint's weights, and the weights in that of the averages.
 
     So what is tested or exported of a checkpoint is what was evaluated in training.
@@ -99,7 +99,7 @@ def with_averages(checkpoint: dict[str, Any], names: Sequence[Sequence[str]], sh
         names: of the optimizer's parameters, in their order.
         shown: whether the parameters have the value of their averages.
     """
-    checkpoint[AVERAGED] = [list(known) for known in names]
+    checkpoint[_AVERAGED] = names
     weights = checkpoint["state_dict"]
     for states, number, known in _places(checkpoint):
         average, at_hand = states[number][_AVERAGE], weights[known[0]]
@@ -112,9 +112,7 @@ def with_averages(checkpoint: dict[str, Any], names: Sequence[Sequence[str]], sh
         weights.update(dict.fromkeys(known, average))
 
 
-def put_in(
-    checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]
-) -> None:
+def put_in(checkpoint: dict[str, Any], optimizer: torch.optim.Optimizer, names: list[list[str]]) -> None:
     """Puts averages in the place of the weights of a checkpoint that holds nothing of the optimizer.
 
     All ranks take part where the policy is sharded.
@@ -144,6 +142,6 @@ def _places(checkpoint: dict[str, Any]) -> Iterator[tuple[dict[int, dict[str, An
     """Where a checkpoint has averages: states of the optimizer, number in them, names in its weights."""
     for optimizer in checkpoint["optimizer_states"]:
         numbers = [number for group in optimizer.get("param_groups", ()) for number in group["params"]]
-        for number, known in zip(numbers, checkpoint.get(AVERAGED, []), strict=False):
+        for number, known in zip(numbers, checkpoint.get(_AVERAGED, []), strict=False):
             if _AVERAGE in optimizer["state"].get(number, {}):
                 yield optimizer["state"], number, known

@@ -231,15 +231,11 @@ def test_nothing_left_to_train_exports_the_average(train, tmp_path: Path, monkey
 
 
 def test_weights_alone_are_the_average(train, tmp_path: Path):
-    keep = Look.on_train_batch_end
+    class Save(Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
 
-    def save(self, trainer, pl_module, *args):
-        keep(self, trainer, pl_module)
-        trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Look, "on_train_batch_end", save)
-        look, *_ = train("one", 3)
+    look, *_ = train("one", 3, more=[Save()])
     saved = torch.load(tmp_path / "weights.ckpt", weights_only=True)["state_dict"]
     assert_equal({name.removeprefix("policy."): value for name, value in saved.items()}, look.averages[2])
 

@@ -48,8 +48,13 @@ LAYOUTS = {
     "fsdp 4, gathered in each pass": (4, {"strategy": "fsdp", "gather": False}),
 }
 MORE = {("ddp 4", "sample, several updates"): (4, {"strategy": "ddp"})}
-MASTERS = {"strategy": "fsdp", "dtype": "bfloat16", "master_weights": True, "num_updates": 2}
-MASTERS |= {"ema_decay": 0.9}
+MASTERS = {
+    "strategy": "fsdp",
+    "dtype": "bfloat16",
+    "master_weights": True,
+    "num_updates": 2,
+    "ema_decay": 0.9,
+}
 
 
 def jobs(folder: Path) -> list[dict[str, object]]:
