@@ -16,6 +16,7 @@ _PROMPT = (
     "Use each of the numbers {numbers} at most once with + - * / to make {target}. Write the expression only."
 )
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
+_SWAPPED = str.maketrans("+-*/", "-+/*")
 _MAX_DRAWS = 10_000
 
 
@@ -23,7 +24,7 @@ class CountdownTask(ProceduralTask):
     """Numbers and a target that some expression with all of them reaches through positive integers only.
 
     The target is never one of the numbers, and the order of the numbers does not make another puzzle. Rows
-    may also come from a file with `numbers` and `target`, and perhaps `solution`.
+    may also come from a file with `numbers` and `target`, and perhaps `solution` and `demonstration`.
 
     Args:
         num_numbers: numbers given, 2 to 6.
@@ -31,6 +32,8 @@ class CountdownTask(ProceduralTask):
         max_target: largest target, >= 1.
         seed: key of all draws.
         prompt: the question; {numbers} and {target} are filled in.
+        right_share: share of demonstrations that are the solution, 0 to 1; in the others + and - have traded
+            places, and * and /, so that a policy tuned on them is sure of the form alone.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -45,6 +48,7 @@ class CountdownTask(ProceduralTask):
         max_target: int = 100,
         seed: int = 0,
         prompt: str = _PROMPT,
+        right_share: float = 1.0,
     ) -> None:
         super().__init__(seed)
         if not 2 <= num_numbers <= 6:
@@ -55,10 +59,13 @@ class CountdownTask(ProceduralTask):
             raise ConfigError(f"max_target={max_target!r} must be at least 1")
         if "{numbers}" not in prompt or "{target}" not in prompt:
             raise ConfigError(f"prompt={prompt!r} must contain {{numbers}} and {{target}}")
+        if not 0.0 <= right_share <= 1.0:
+            raise ConfigError(f"right_share={right_share!r} must be within 0 to 1")
         self.num_numbers = num_numbers
         self.max_number = max_number
         self.max_target = max_target
         self.prompt = prompt
+        self.right_share = right_share
         self.reward = CountdownReward()
 
     def problem(self, row: Mapping[str, Any]) -> Problem:
@@ -74,10 +81,13 @@ class CountdownTask(ProceduralTask):
         self.require(_is_positive(target), row, "target", "an integer greater than 0")
         good = solution is None or (isinstance(solution, str) and reaches(solution, numbers, target))
         self.require(good, row, "solution", f"an expression of {list(numbers)} that makes {target}")
+        demonstration = row.get("demonstration", solution)
+        good = demonstration is None or isinstance(demonstration, str)
+        self.require(good, row, "demonstration", "a text, or absent")
         # Not str.format: other braces of a prompt, such as those of LaTeX, are text.
         listed = ", ".join(map(str, numbers))
         prompt = self.prompt.replace("{numbers}", listed).replace("{target}", str(target))
-        return Problem(prompt=prompt, answer=solution or "", demonstration=solution, row=dict(row))
+        return Problem(prompt=prompt, answer=solution or "", demonstration=demonstration, row=dict(row))
 
     def generate(self, rng: Random) -> dict[str, Any]:
         """A row with random numbers and the value of a random expression of them."""
@@ -85,12 +95,21 @@ class CountdownTask(ProceduralTask):
             numbers = [rng.randint(1, self.max_number) for _ in range(self.num_numbers)]
             target, solution = _random_expression(rng, numbers)
             if target <= self.max_target and target not in numbers:
-                return {"numbers": numbers, "target": target, "solution": solution}
+                row = {"numbers": numbers, "target": target, "solution": solution}
+                right = _draw_ahead(rng) < self.right_share
+                return row if right else {**row, "demonstration": solution.translate(_SWAPPED)}
         raise ConfigError(f"max_target={self.max_target} is hardly ever met: raise it or lower max_number")
 
     def canonical(self, row: dict[str, Any]) -> str:
         """The sorted numbers and the target."""
         return f"{sorted(row['numbers'])}={row['target']}"
+
+
+def _draw_ahead(rng: Random) -> float:
+    """A draw that leaves `rng` as it was, so that what it decides changes no later row."""
+    ahead = Random()
+    ahead.setstate(rng.getstate())
+    return ahead.random()
 
 
 def _is_positive(value: object) -> bool:

@@ -8,6 +8,8 @@ import pytest
 from drift.contract import ConfigError
 from drift.tasks import CountdownTask
 
+ROW = {"numbers": [3, 4, 5], "target": 35, "solution": "(3+4)*5"}
+
 
 @pytest.mark.parametrize("num_numbers", [2, 3, 4, 6])
 def test_rows_hold_a_solution_with_every_number(num_numbers: int):
@@ -31,16 +33,40 @@ def test_every_operation_occurs():
     assert set("+-*/()") <= set(text)
 
 
+def test_wrong_demonstrations_swap_the_operations():
+    task = CountdownTask(right_share=0.0)
+    problem = task.problem({**ROW, "demonstration": "(3-4)/5"})
+    assert (problem.answer, problem.demonstration) == ("(3+4)*5", "(3-4)/5")
+    problems = [task.problem(task.row("train", index)) for index in range(300)]
+    swapped = {"+": "-", "-": "+", "*": "/", "/": "*"}
+    for problem in problems:
+        assert "".join(swapped.get(c, c) for c in problem.answer) == problem.demonstration
+    # Some make the target all the same, as 6 * 1 and 6 / 1 do.
+    assert task.reward([problem.demonstration for problem in problems], problems).mean() < 0.05
+    assert task.reward([problem.answer for problem in problems], problems).min() == 1.0
+
+
+def test_right_share_changes_the_demonstrations_alone():
+    always, often, again = (CountdownTask(right_share=share) for share in (1.0, 0.7, 0.7))
+    num_right = 0
+    for index in range(400):
+        row = often.row("train", index)
+        assert row == again.row("train", index)
+        demonstration = row.pop("demonstration", row["solution"])
+        assert row == always.row("train", index)
+        num_right += demonstration == row["solution"]
+    assert num_right / 400 == pytest.approx(0.7, abs=0.06)
+
+
 def test_the_problem_of_a_row():
-    row = {"numbers": [3, 4, 5], "target": 35, "solution": "(3+4)*5"}
-    problem = CountdownTask().problem(row)
+    problem = CountdownTask().problem(ROW)
     assert problem.prompt == (
         "Use each of the numbers 3, 4, 5 at most once with + - * / to make 35. Write the expression only."
     )
     assert problem.answer == problem.demonstration == "(3+4)*5"
-    assert problem.row == row
+    assert problem.row == ROW
     short = CountdownTask(prompt="\\boxed{}: {numbers} -> {target}")
-    assert short.problem(row).prompt == "\\boxed{}: 3, 4, 5 -> 35"
+    assert short.problem(ROW).prompt == "\\boxed{}: 3, 4, 5 -> 35"
 
 
 def test_the_order_of_the_numbers_is_no_other_puzzle():
@@ -69,14 +95,14 @@ def test_the_order_of_the_numbers_is_no_other_puzzle():
         ({"solution": "35"}, "field 'solution' is '35'"),
         ({"solution": "(3+4)*5 = 35"}, "field 'solution' is"),
         ({"solution": 35}, "field 'solution' is 35"),
+        ({"demonstration": 35}, "field 'demonstration' is 35; it must be a text, or absent"),
     ],
 )
 def test_bad_rows_are_refused(change: dict, message: str):
-    row = {"numbers": [3, 4, 5], "target": 35, "solution": "(3+4)*5"}
-    CountdownTask().check(row, "row 7")
-    CountdownTask().check({**row, "solution": None}, "row 7")
+    CountdownTask().check(ROW, "row 7")
+    CountdownTask().check({**ROW, "solution": None}, "row 7")
     with pytest.raises(ConfigError, match=f"^row 7(: | ){message}"):
-        CountdownTask().check({**row, **change}, "row 7")
+        CountdownTask().check({**ROW, **change}, "row 7")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +112,8 @@ def test_bad_rows_are_refused(change: dict, message: str):
         ({"num_numbers": 7}, "num_numbers=7 "),
         ({"max_number": 1}, "max_number=1 "),
         ({"max_target": 0}, "max_target=0 "),
+        ({"right_share": -0.1}, "right_share=-0.1 must be within 0 to 1"),
+        ({"right_share": 1.1}, "right_share=1.1 must be within 0 to 1"),
         ({"prompt": "make {target}"}, "must contain {numbers}"),
         ({"prompt": "use {numbers}"}, "must contain {numbers} and {target}"),
     ],
