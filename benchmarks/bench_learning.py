@@ -34,7 +34,7 @@ T_QUANTILE = 4.303
 # Share of the budget in which a learning rate is tried.
 TRIAL = 0.5
 LRS = (5e-5, 1e-4, 2e-4)
-BUDGETS = {"quickstart": 3e4, "sudoku": 4e5, "countdown": 4e5}
+BUDGETS = {"quickstart": 3e4, "sudoku": 4e5, "countdown": 1e5}
 # Further ones: about six minutes of two cores, and three times that.
 LONG = {("sudoku", "rldf_commit"): (1.2e6, 3.6e6), ("sudoku", "weighted (RLDF)"): (1.2e6,)}
 RUNS = RESULTS / "learning_runs.jsonl"

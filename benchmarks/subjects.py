@@ -61,12 +61,20 @@ SUBJECTS = {
         num_validation=512,
         num_test=1024,
     ),
-    "sudoku": Subject(task=SudokuTask, settings={"blanks": (8, 12)}, base_steps=550),
+    "sudoku": Subject(task=SudokuTask, settings={"blanks": (8, 12)}, base_steps=550, num_validation=1024),
     "countdown": Subject(
         task=CountdownTask,
-        settings={"num_numbers": 3, "max_number": 20, "max_target": 100, "prompt": "{numbers} = {target}"},
+        settings={
+            "num_numbers": 3,
+            "max_number": 20,
+            "max_target": 100,
+            "prompt": "{numbers} = {target}",
+            "right_share": 0.5,
+        },
         base_steps=3000,
-        num_validation=1024,
+        prompts=16,
+        point_passes=5e4,
+        num_validation=512,
         num_test=1024,
     ),
 }
