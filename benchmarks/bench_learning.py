@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -67,6 +67,12 @@ RECIPES = {
     ),
 }
 BEST = "rldf_commit"
+# The other likelihood: rldf_commit with the timesteps of another sampler, wherever those are replayed.
+RECIPES |= {
+    f"{name}, commits": replace(RECIPES[BEST], sampler=token.sampler, arguments=token.arguments)
+    for name, token in RECIPES.items()
+    if token.make_sampler().replays and token.sampler != RECIPES[BEST].sampler and not token.decode
+}
 
 
 def key(run: dict[str, Any]) -> tuple[Any, ...]:
