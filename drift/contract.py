@@ -34,9 +34,9 @@ def require(settings: object, good: bool, key: str, fix: str) -> None:
         raise ConfigError(f"{key} is {getattr(settings, key)!r}: {fix}")
 
 
-# How a position was committed: by a rule that leaves no choice, by a draw of its own, or because none of the
-# block's draws committed anything.
-CERTAIN, DRAWN, FALLBACK = 0, 1, 2
+# How a position was committed: by a rule that leaves no choice; by a draw of its own; or alone, as the surest of
+# its block, which commits whatever its own draw says where no other does.
+CERTAIN, DRAWN, SUREST = 0, 1, 2
 
 
 class StorageError(RuntimeError):
@@ -106,7 +106,7 @@ class Rollout:
     token_probs: Tensor | None = None  # [N,C] float32, probability of the token when it was committed
     commit_probs: Tensor | None = None  # [N,C] float32, what token_probs was at the rollout; never refreshed
     num_timesteps: Tensor | None = None  # [N] int64, the row's timesteps that committed something: its S
-    commit_kind: Tensor | None = None  # [N,C] int64: CERTAIN, DRAWN or FALLBACK; None: all are CERTAIN
+    commit_kind: Tensor | None = None  # [N,C] int64: CERTAIN, DRAWN or SUREST; None: all are CERTAIN
     commit_rule: Tensor | None = None  # [N,2] float32, threshold and width of the draws of commits
     block_length: int = 0  # positions of a block; 0: unknown
     num_forwards: int = 0  # forward passes of the policy that the rollout took

@@ -78,5 +78,5 @@ def _decisions(rollout: Rollout, plan: TimestepPlan, slot: Tensor, row: Tensor) 
     block = torch.arange(masked.shape[1], device=row.device) // rollout.block_length
     here = block == torch.where(current, block, -1).amax(dim=1, keepdim=True)
     committed = current & (kind == DRAWN)
-    decided = masked & here & (kind != CERTAIN)
-    return torch.where(committed, 1, torch.where(decided, -1, 0))
+    stayed = masked & here & ~current & (kind != CERTAIN)
+    return committed.long() - stayed.long()

@@ -3,7 +3,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from drift.contract import CERTAIN, DRAWN, FALLBACK, Rollout, TimestepPlan
+from drift.contract import CERTAIN, DRAWN, SUREST, Rollout, TimestepPlan
 from drift.masking import masked_batch
 from drift.samplers import (
     AllMaskSampler,
@@ -157,14 +157,14 @@ def test_select_takes_states():
 
 
 def test_what_draws_decided_worked_by_hand():
-    """Blocks of three: draws, a fallback, draws that end the block, then a timestep by rule."""
+    """Blocks of three: draws, the surest alone, draws that end the block, then a timestep by rule."""
     rollout = Rollout(
         prompt_ids=torch.tensor([[7]]),
         prompt_mask=torch.ones(1, 1, dtype=torch.bool),
         completion_ids=torch.tensor([[10, 11, 12, 13, 0, 14]]),
         completion_mask=torch.tensor([[True, True, True, True, False, True]]),
         step_map=torch.tensor([[0, 2, 1, 3, 4, 4]]),
-        commit_kind=torch.tensor([[DRAWN, DRAWN, FALLBACK, CERTAIN, DRAWN, DRAWN]]),
+        commit_kind=torch.tensor([[DRAWN, DRAWN, SUREST, CERTAIN, DRAWN, DRAWN]]),
         commit_rule=torch.tensor([[0.9, 0.05]]),
         block_length=3,
     )
@@ -172,7 +172,7 @@ def test_what_draws_decided_worked_by_hand():
     assert batch.decision is not None
     assert batch.decision.tolist() == [
         [1, -1, -1, 0, 0, 0],  # one of three commits
-        [0, -1, -1, 0, 0, 0],  # no draw does, of the one that the fallback takes neither
+        [0, -1, 0, 0, 0, 0],  # the surest commits whatever its draw says, where no other does
         [0, 1, 0, 0, 0, 0],  # the last of the block
         [0, 0, 0, 0, 0, 0],  # by rule: nothing was drawn
         [0, 0, 0, 0, 1, 1],  # padding is drawn like anything else

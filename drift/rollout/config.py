@@ -13,8 +13,10 @@ BlockOpening = Literal["confidence", "first_token"]
 Commit = Literal["threshold", "static", "stochastic"]
 CommitBy = Literal["candidate", "top"]
 
-# The score of a position that a draw commits; probabilities are below it.
-DRAWN_SCORE = 2.0
+# Where a draw commits, a position's score is its probability times this: above any other, and exactly as
+# comparable, for it is a power of two.
+DRAWN_FACTOR = 2.0**32
+_LEAST_DRAWN = 2.0
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class DenoiseConfig:
     @property
     def least_score(self) -> float | None:
         """The score from which on a position commits; None: the schedule is static."""
-        return {"threshold": self.threshold, "static": None, "stochastic": DRAWN_SCORE}[self.rule]
+        return {"threshold": self.threshold, "static": None, "stochastic": _LEAST_DRAWN}[self.rule]
 
     @property
     def draws(self) -> bool:

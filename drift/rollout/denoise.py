@@ -9,14 +9,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from drift.contract import CERTAIN, DRAWN, FALLBACK, Rollout
+from drift.contract import CERTAIN, DRAWN, SUREST, Rollout
 from drift.models import DiffusionLM
 from drift.models.head import in_chunks
 from drift.models.layers import Block
 from drift.randomness import draw_keys, fold, uniform
 from drift.rollout.cache import PrefixCache
 from drift.rollout.canvas import Canvas
-from drift.rollout.config import DRAWN_SCORE, DenoiseConfig
+from drift.rollout.config import DRAWN_FACTOR, DenoiseConfig
 from drift.rollout.schedule import Cohort, Schedule
 from drift.rollout.unmask import candidates, commits
 
@@ -99,7 +99,7 @@ def _pass(
     token, prob, score = _scored(policy, canvas, cohort, row, columns[row, place], config)
     grid = score.new_zeros(masked.shape).masked_scatter_(masked, score)
     chosen = commits(grid, masked, config.least_score, quotas)
-    kind = torch.where(grid >= DRAWN_SCORE, DRAWN, FALLBACK) if config.rule == "stochastic" else None
+    kind = _kinds(grid, chosen) if config.rule == "stochastic" else None
     if config.block_opening == "first_token":
         opening = torch.tensor([[row.num_passes == 0] for row in cohort.rows], device=rows.device)
         first = torch.arange(config.block_length, device=rows.device) == 0
@@ -108,6 +108,22 @@ def _pass(
     tokens = torch.zeros_like(columns).masked_scatter_(masked, token)
     probs = torch.zeros_like(grid).masked_scatter_(masked, prob)
     return canvas.commit(rows, columns, chosen, tokens, probs, kind)
+
+
+def _kinds(score: Tensor, chosen: Tensor) -> Tensor:
+    """[n,b] int64 how chosen positions are committed: DRAWN, or SUREST where it is the surest alone.
+
+    What follows is then the same whether its own draw committed it or no draw did: the sum over both is
+    known, and learning from either would add noise to the gradient, and nothing else (Rao-Blackwell).
+
+    Args:
+        score: [n,b] float32, 0 where not masked.
+        chosen: [n,b] bool.
+    """
+    prob = torch.where(score > 1, score / DRAWN_FACTOR, score)
+    surest = torch.zeros_like(chosen).scatter_(1, prob.argmax(dim=1, keepdim=True), True)
+    alone = (chosen == surest).all(dim=1, keepdim=True)
+    return torch.where(alone, SUREST, DRAWN).expand_as(chosen)
 
 
 def _scored(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from drift.rollout.config import DRAWN_SCORE, DenoiseConfig
+from drift.rollout.config import DRAWN_FACTOR, DenoiseConfig
 
 
 @dataclass(kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class Candidates:
 
     token: Tensor  # [m] int64
     prob: Tensor  # [m] float32, untempered and unfiltered
-    score: Tensor  # [m] float32, higher commits first; DRAWN_SCORE where a draw commits
+    score: Tensor  # [m] float32, higher commits first; times DRAWN_FACTOR where a draw commits
 
 
 def candidates(
@@ -50,7 +50,7 @@ def candidates(
         assert uniforms is not None
         assert config.threshold is not None
         chance = torch.sigmoid((best - config.threshold) / config.width)
-        score = best.masked_fill(uniforms[:, 1] < chance, DRAWN_SCORE)
+        score = torch.where(uniforms[:, 1] < chance, best * DRAWN_FACTOR, best)
     elif config.score == "confidence":
         score = best if config.commit_by == "top" else prob
     elif config.score == "margin":

@@ -1,6 +1,6 @@
 import torch
 
-from drift.contract import CERTAIN, DRAWN, FALLBACK, Rollout
+from drift.contract import CERTAIN, DRAWN, SUREST, Rollout
 from drift.samplers import FullSampler, ProportionalSampler, TraceSampler, WeightedSampler
 
 
@@ -55,7 +55,7 @@ def test_current_covers_every_valid_token_exactly_once():
 def test_draws_of_commits_count_where_padding_alone_is_committed():
     source = rollout([[1, 0, 2], [1, 0, 2]], [[1, 0, 0], [1, 0, 0]])
     assert FullSampler().plan(source).weight.tolist() == [[1, 1]]
-    source.commit_kind = torch.tensor([[DRAWN, DRAWN, FALLBACK], [CERTAIN, CERTAIN, CERTAIN]])
+    source.commit_kind = torch.tensor([[DRAWN, DRAWN, SUREST], [CERTAIN, CERTAIN, CERTAIN]])
     plan = FullSampler().plan(source)
     assert plan.weight.tolist() == [[1, 1], [1, 0], [1, 0]]
     assert plan.num_timesteps.tolist() == [3, 1]
