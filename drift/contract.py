@@ -34,8 +34,8 @@ def require(settings: object, good: bool, key: str, fix: str) -> None:
         raise ConfigError(f"{key} is {getattr(settings, key)!r}: {fix}")
 
 
-# How a position was committed: by a rule that leaves no choice; by a draw of its own; or alone, as the surest of
-# its block, which commits whatever its own draw says where no other does.
+# How a position was committed: by a rule that leaves no choice; by a draw of its own; or alone, as the surest
+# of its block, which commits whatever its own draw says where no other does.
 CERTAIN, DRAWN, SUREST = 0, 1, 2
 
 
