@@ -77,9 +77,9 @@ def drawn(path: Path, masked: list[int], probs: Tensor, config: DenoiseConfig) -
     """Every set of positions that draws can commit; the surest where none does."""
     assert config.threshold is not None
     chance = {i: torch.sigmoid((probs[i].max() - config.threshold) / config.width) for i in masked}
+    surest = max(masked, key=lambda i: float(probs[i].detach().max()))
     for positions in chain.from_iterable(combinations(masked, n) for n in range(len(masked) + 1)):
         decided = torch.stack([chance[i] if i in positions else 1 - chance[i] for i in masked]).prod()
-        surest = max(masked, key=lambda i: float(probs[i].detach().max()))
         kind = SUREST if positions in ((), (surest,)) else DRAWN
         yield from _filled(path, positions or (surest,), probs, decided, kind)
 
