@@ -476,7 +476,7 @@ def test_a_value_outside_its_range_is_refused(settings: dict, message: str):
 
 
 def decided_batch(**changes) -> MaskedBatch:
-    """Two states of one row, three positions: a draw that commits and one that doesn't; then a fallback."""
+    """Two states of one row, three positions: a draw that commits and one that does not; then the surest."""
     fields = {
         "input_ids": torch.zeros(2, 4, dtype=torch.int64),
         "attention_mask": torch.ones(2, 4, dtype=torch.bool),
