@@ -66,7 +66,7 @@ RECIPES = {
         optimizer={"warmup_steps": 10, "ema_decay": EMA_DECAY},
     ),
 }
-BEST = "rldf_commit"
+BEST, PAPER = "rldf_commit", "weighted (RLDF)"
 # The other likelihood: rldf_commit with the timesteps of another sampler, wherever those are replayed.
 RECIPES |= {
     f"{name}, commits": replace(RECIPES[BEST], sampler=token.sampler, arguments=token.arguments)
@@ -225,30 +225,46 @@ def report() -> None:
 
 
 def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
-    """A row for each figure, two columns for each task: against passes and against seconds; a line a run."""
+    """A row for each figure, two columns for each task: against passes and seconds; a line a recipe."""
     subjects = [name for name in SUBJECTS if any(run["subject"] == name for run in runs)]
     figures = {"accuracy": "accuracy, threshold", "one by one": "accuracy, one by one"}
     figures |= {"timesteps": "timesteps per answer", "reward": "reward of rollouts"}
-    figure.set_size_inches(5 * max(len(subjects), 1) + 2, 10)
+    figure.set_size_inches(6 * max(len(subjects), 1) + 2, 12)
     panels = figure.subplots(len(figures), 2 * max(len(subjects), 1), squeeze=False)
     for left, right in zip(panels[:, 0::2].flat, panels[:, 1::2].flat, strict=True):
         right.sharey(left)
     recipes = [name for name in RECIPES if any(run["recipe"] == name for run in runs)]
-    colors = colormaps["tab10" if len(recipes) <= 10 else "tab20"]
-    for run in runs:
-        column, color = 2 * subjects.index(run["subject"]), colors(recipes.index(run["recipe"]))
+    for subject, recipe in itertools.product(subjects, recipes):
+        curves = [run["curve"] for run in runs if (run["subject"], run["recipe"]) == (subject, recipe)]
+        # Points of the same number in all seeds, to the last ones.
+        least = min(map(len, curves), default=0)
+        curves = [[*curve[: least - 1], curve[-1]] for curve in curves]
+        points = [{name: [p[name] for p in same] for name in same[0]} for same in zip(*curves, strict=True)]
         for row, name in enumerate(figures):
-            for offset, against in enumerate(("passes", "seconds")):
-                points = [(point[against], point[name]) for point in run["curve"]]
-                panels[row, column + offset].plot(*zip(*points, strict=True), color=color, lw=1)
+            spread = [(min(point[name]), max(point[name])) for point in points]
+            for offset, (against, unit) in enumerate((("passes", 1e-3), ("seconds", 1.0))):
+                panel = panels[row, 2 * subjects.index(subject) + offset]
+                across = [unit * statistics.mean(point[against]) for point in points]
+                panel.plot(across, [statistics.mean(point[name]) for point in points], **_line(recipe))
+                if recipe in (BEST, PAPER) and points:
+                    color = _line(recipe)["color"]
+                    panel.fill_between(across, *zip(*spread, strict=True), color=color, alpha=0.15, lw=0)
     for row, label in enumerate(figures.values()):
         panels[row, 0].set_ylabel(label)
     for column, subject in enumerate(subjects):
         panels[0, 2 * column].set_title(subject)
-        panels[-1, 2 * column].set_xlabel("passes of rows")
+        panels[-1, 2 * column].set_xlabel("thousand passes of rows")
         panels[-1, 2 * column + 1].set_xlabel("seconds")
-    lines = [panels[0, 0].plot([], [], color=colors(number))[0] for number in range(len(recipes))]
-    figure.legend(lines, recipes, loc="outside lower center", ncols=3, fontsize=8)
+    lines = [panels[0, 0].plot([], [], **_line(name))[0] for name in recipes]
+    figure.legend(lines, recipes, loc="outside lower center", ncols=4, fontsize=9)
+
+
+def _line(recipe: str) -> dict[str, Any]:
+    """The same colour for a sampler's two likelihoods; thick where the text compares."""
+    token = recipe.removesuffix(", commits")
+    color = "black" if recipe == BEST else colormaps["tab20"](list(RECIPES).index(token))
+    width, order = (3.0, 3) if recipe in (BEST, PAPER) else (1.2, 2)
+    return {"color": color, "lw": width, "zorder": order, "ls": "-" if token == recipe else "--"}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from drift.evaluation import GridConfig
 from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 from drift.progress import forget
+from drift.randomness import run_seed
 from drift.rollout import DenoiseConfig, rollout_groups
 from drift.selection import count_useful
 from drift.signals import Stopped
@@ -37,7 +38,7 @@ class RolloutCallback(Callback):
             is correct by the task's own reward alone. Every part is logged as `reward/NAME`.
         batch_size: rows that are decoded at once on each rank; None: all.
         seed: of all draws; each is keyed by (seed, the prompt's place in the stream, the completion's place
-            in its group).
+            in its group). None: that of `seed_everything`.
         refill_rounds: further rounds of a step at most, each of fresh prompts, while fewer than
             model.train_groups groups have differing rewards (DAPO's dynamic sampling); 0: none. A round is as
             large as what is missing makes likely, and at most data.prompts_per_step. Rewards, accuracy and
@@ -59,7 +60,7 @@ class RolloutCallback(Callback):
         test: GridConfig = GridConfig(),  # noqa: B008 - frozen
         extra_rewards: list[ExtraReward] | None = None,
         batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         refill_rounds: int = 0,
         reward_timeout_seconds: float | None = 1200.0,
     ) -> None:
@@ -83,7 +84,7 @@ class RolloutCallback(Callback):
         self.evaluation_length = completion_length if evaluation_length is None else evaluation_length
         self.extra_rewards = extra_rewards or []
         self.batch_size = batch_size
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.refill_rounds = refill_rounds
         self.reward_timeout_seconds = reward_timeout_seconds
         self.figures: dict[str, float] = {}  # of the last training rollout
@@ -92,8 +93,8 @@ class RolloutCallback(Callback):
         self._evaluation = ExitStack()
         decode.require_fits(self.completion_length)
         evaluation.require_fits(self.evaluation_length)
-        alone = GridConfig().cells(self.evaluation_length, evaluation, seed)
-        grid = test.cells(self.evaluation_length, evaluation, seed)
+        alone = GridConfig().cells(self.evaluation_length, evaluation, self.seed)
+        grid = test.cells(self.evaluation_length, evaluation, self.seed)
         self.cells = {"fit": alone, "validate": alone, "test": grid, "predict": alone}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

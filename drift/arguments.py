@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -63,9 +64,28 @@ def _full_value(key: str, value: str) -> str:
     return value.removesuffix(suffix) + suffix
 
 
+class _OnceLoader(yaml.SafeLoader):
+    """Takes no key twice in one mapping, of which YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node.
+
+        Raises:
+            yaml.constructor.ConstructorError: it has a key twice.
+        """
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen and key != "<<":
+                place = f"line {key_node.start_mark.line + 1}"
+                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} stands there twice, {place}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def _require_settings(file: Path) -> None:
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)  # noqa: S506 - a safe one
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config is {str(file)!r}: it is no YAML: {reason}; correct it") from error

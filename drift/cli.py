@@ -43,7 +43,7 @@ from drift.module import RLDFModule
 from drift.policy_module import PolicyModule
 from drift.resume import RESUME_HELP, meet_anew, require_checkpoint, starting_checkpoint
 from drift.sft import SFTModule
-from drift.storage import require_writable
+from drift.storage import require_file, require_folder
 
 _CALLBACKS = {
     "watchdog": WatchdogCallback,
@@ -110,7 +110,7 @@ class DriftCLI(LightningCLI):
         try:
             super().instantiate_classes()
             self._find_checkpoint(settings)
-            require_writable([logger.save_dir for logger in self.trainer.loggers])
+            self._require_places(settings)
         except ValueError as error:
             found = _config_error(error)
             if found is None:
@@ -130,6 +130,18 @@ class DriftCLI(LightningCLI):
             if again or path != settings.ckpt_path:
                 callback.continue_run(self.trainer.loggers)
             self.model.may_be_finished = again
+
+    def _require_places(self, settings: Any) -> None:
+        """Refuses what cannot be written to before there is anything to write."""
+        folders = [("trainer.logger.save_dir", logger.save_dir) for logger in self.trainer.loggers]
+        if self.config.subcommand == "fit":
+            folders.append(("checkpoint.dirpath", settings.checkpoint.dirpath))
+        for key, folder in folders:
+            if folder is not None:
+                require_folder(key, folder)
+        for key in ("summary.path", "answers.path", "predictions.path"):
+            if settings.get(key) is not None:
+                require_file(key, settings[key])
 
     def _parse_ckpt_path(self) -> None:
         """Leaves the settings alone: Lightning would take them from the checkpoint."""

@@ -16,11 +16,15 @@ _UNKNOWN = re.compile(
     r"(?:(?:does not accept option|Option|Key|key|group) ['\"]|nrecognized arguments: --)([\w.]+)"
 )
 _EXPECTED = re.compile(r"Expected a (.+?)(?:\. Got value: .*)?")
-_SUBTYPE = re.compile(r"<class '[^']+'>|typing\.Literal\[[^]]*\]")
+# What stands between two commas that are in no brackets.
+_SUBTYPE = re.compile(r"(?:[^,\[\]]|\[[^\]]*\])+")
+_REQUIRED = re.compile(r"the following arguments are required: (.+)")
+_NO_CLASS = re.compile(r"Expected a dot import path string: (.+)")
 _VALUE = re.compile(r"(?:Given|Got) value: (.*)$", re.MULTILINE)
 _NESTED = re.compile(r"NestedArg\(key='.*', val='(.*)'\)")
 # The key of a value inside a mapping: what stands before the name of the unknown setting.
 _NESTED_KEY = re.compile(r"NestedArg\(key='([^']+)\.[^'.]+'")
+_NO_VALUE = re.compile(r"argument --\S+: expected one argument")
 # Lines that say how the parser went about it, not what is wrong.
 _NOISE = (
     "Parser key",
@@ -53,13 +57,21 @@ def explain(message: str, keys: Sequence[str]) -> str:
         inside = _NESTED_KEY.search(message)
         place = ".".join([*places, *(inside.groups() if inside else ())])
         return _unknown_argument(place, option[1], classes[-1])
+    required = _REQUIRED.search(message)
+    if required:
+        return _required(places, required[1], classes)
     unknown = None if places else _UNKNOWN.search(message)
     if unknown:
         return f"{' '.join(message.split())}{nearest(unknown[1], keys)}"
     if not places:
-        return " ".join(message.split())
+        dashed = "; give a value that begins with '-' as --KEY=VALUE" if _NO_VALUE.search(message) else ""
+        return f"{' '.join(message.split())}{dashed}"
     # The innermost setting is named last; what stands behind its value is about those around it.
     inner = _PLACE.split(message)[-1]
+    missing = _NO_CLASS.search(inner)
+    if missing and "Subtypes:" not in inner:
+        reason = "there is no such class; give the name of one of drift's, or the path of your own"
+        return f"{'.'.join(places)} is {missing[1]!r}: {reason}"
     value = _VALUE.search(inner)
     shown = ""
     if value is not None:
@@ -76,6 +88,15 @@ def _unknown_argument(place: str, name: str, class_path: str) -> str:
     return f"{place}.{name}: {class_path.rpartition('.')[2]} has no such setting{known}{hint}"
 
 
+def _required(places: Sequence[str], names: str, classes: Sequence[str]) -> str:
+    if places:
+        return f"{'.'.join(places)}: {classes[-1].rpartition('.')[2]} cannot do without {names}; set it"
+    # The parser puts the command before the keys of its settings.
+    keys = re.sub(r"\b\w+\.((?:model|data)\.)", r"\1", names)
+    recipe = "; start from a recipe, such as --config quickstart, or set them" if keys != names else ""
+    return f"required, and not given: {keys}{recipe}"
+
+
 def _arguments(class_path: str) -> list[str]:
     module, _, name = class_path.rpartition(".")
     return list(inspect.signature(getattr(import_module(module), name)).parameters)
@@ -88,7 +109,8 @@ def _reason(message: str) -> str:
     ]
     if reasons:
         return "; ".join(reasons)
-    subtypes = [kind for line in lines if line.startswith("Subtypes:") for kind in _SUBTYPE.findall(line)]
+    shown = [line.removeprefix("Subtypes: [").removesuffix("]") for line in lines if line.startswith("Subt")]
+    subtypes = [kind.strip() for line in shown for kind in _SUBTYPE.findall(line)]
     kinds = subtypes or [expected[1] for line in lines if (expected := _EXPECTED.fullmatch(line))]
     return f"it must be {' or '.join(_type_name(kind) for kind in kinds)}" if kinds else "it cannot be read"
 
@@ -100,4 +122,4 @@ def _type_name(kind: str) -> str:
     if literal:
         return f"one of {literal[1]}"
     plain = re.fullmatch(r"<class '(?:.*\.)?(\w+)'>", kind)
-    return plain[1] if plain else kind
+    return plain[1] if plain else re.sub(r"(?:\w+\.)+(\w+)", r"\1", kind)

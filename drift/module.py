@@ -76,6 +76,8 @@ class RLDFModule(PolicyModule):
         ConfigError: where a value is outside its range or there is no such policy.
     """
 
+    command = "fit"
+
     def __init__(
         self,
         policy: str,
@@ -295,4 +297,3 @@ class RLDFModule(PolicyModule):
         figures = update_figures(outputs, noisy, parts, weighted=self.loss.importance_cap is not None)
         self.log("loss/total", figures.pop("loss/total"), prog_bar=True)
         self.log_dict({**figures, "update/grad_norm": norm, "update/seconds": time.perf_counter() - start})
-        self.log("update/lr", self.trainer.optimizers[0].param_groups[0]["lr"])

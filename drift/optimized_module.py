@@ -18,7 +18,7 @@ from drift.averaging import (
 from drift.contract import PromptBatch, Rollout
 from drift.finite import SkippedSteps
 from drift.measured_module import MeasuredModule
-from drift.optimizer import OptimizerConfig, build_optimizer, build_schedule
+from drift.optimizer import OptimizerConfig, apply_settings, build_optimizer, build_schedule
 
 _SKIPPED = "skipped_in_a_row"
 
@@ -60,6 +60,11 @@ class OptimizedModule(MeasuredModule):
         """Whether there is an average to be seen: not by other commands, whose weights may be of any file."""
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         return fitting and self.optimizer_config.ema_decay > 0 and bool(self.trainer.optimizers)
+
+    def on_train_start(self) -> None:
+        """Has a run that goes on use its own settings of the optimizer; the checkpoint's were loaded."""
+        schedule: Any = self.lr_schedulers()
+        apply_settings(self.trainer.optimizers[0], schedule, self.optimizer_config)
 
     def on_train_end(self) -> None:
         """Leaves the average in the weights, for whoever uses them next; the last checkpoint is written."""
@@ -107,6 +112,7 @@ class OptimizedModule(MeasuredModule):
     def step_and_schedule(self) -> None:
         """Takes a step of an optimization by hand, and one of its schedule."""
         optimizer: Any = self.optimizers()
+        self.log("update/lr", optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()
         schedule: Any = self.lr_schedulers()

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from drift.averaging import keep_average
@@ -189,6 +189,28 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, nu
     """The learning rate over `num_steps` optimizer steps, to be stepped after each."""
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=num_steps)
+
+
+def apply_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler, config: OptimizerConfig) -> None:
+    """Gives an optimizer and its schedule these settings, where a checkpoint left those of an earlier start.
+
+    Says so where the learning rate changes.
+    """
+    assert isinstance(schedule, LambdaLR)
+    before = schedule.base_lrs[0]
+    if before != config.lr:
+        rank_zero_info(f"model.optimizer.lr: going on with {config.lr:g}; the checkpoint's was {before:g}")
+    schedule.base_lrs = [config.lr for _ in optimizer.param_groups]
+    rates = [config.lr * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    schedule._last_lr = rates
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        matrices = any(p.dim() >= 2 for p in group["params"])
+        group |= {
+            "lr": rate,
+            "initial_lr": config.lr,
+            "betas": config.betas,
+            "weight_decay": config.weight_decay if matrices else 0.0,
+        }
 
 
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:

@@ -13,7 +13,12 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
-from drift.checkpoints import require_adapters_of, require_resumable, require_weights_of
+from drift.checkpoints import (
+    require_adapters_of,
+    require_resumable,
+    require_same_command,
+    require_weights_of,
+)
 from drift.contract import ConfigError, PromptBatch
 from drift.distributed import failing_together, gathered, joined, shard
 from drift.heartbeat import Stage
@@ -35,7 +40,7 @@ from drift.signals import Stopped
 from drift.strategy import require_strategy
 
 DType = Literal["float32", "bfloat16"]
-_ADAPTERS = "adapters"
+_ADAPTERS, _COMMAND = "adapters", "command"
 Experience = Callable[["PolicyModule", PromptBatch, int], PromptBatch]
 
 
@@ -53,6 +58,7 @@ class PolicyModule(OptimizedModule):
             gathered once; False: gather them in every pass, block by block: less memory, slower.
     """
 
+    command = ""  # that trains it
     experience: Experience | None = None
     on_progress: Callable[[str, int, int], None] | None = None
     may_be_finished = False  # whether a checkpoint with nothing left to do is no mistake
@@ -197,8 +203,9 @@ class PolicyModule(OptimizedModule):
         return None if self.lora is None else {**asdict(self.lora), "weights": self._base}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what the adapters are, where there are any."""
+        """Adds the command that trains, and what the adapters are, where there are any."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint[_COMMAND] = self.command
         if self.lora is not None:
             checkpoint[_ADAPTERS] = self._adapters
 
@@ -209,6 +216,7 @@ class PolicyModule(OptimizedModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             masters = self.optimizer_config.master_weights
             num_steps = math.inf if self.may_be_finished else self.trainer.max_steps
+            require_same_command(checkpoint.get(_COMMAND, self.command), self.command)
             require_resumable(checkpoint, num_steps, masters)
         super().on_load_checkpoint(checkpoint)
 

@@ -8,6 +8,7 @@ every rank, so a sample does not depend on its neighbours. The mixing function i
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,11 @@ def draw_keys(
     source = generator.device if generator is not None else torch.device("cpu")
     keys = torch.randint(-(2**63), 2**63 - 1, (num,), generator=generator, device=source)
     return keys.to(device) if device is not None else keys
+
+
+def run_seed(seed: int | None) -> int:
+    """A seed, or where it is None the one given to Lightning's `seed_everything` (0 where that was not called)."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from drift.logprobs import token_logprobs
 from drift.models import LoRAConfig
 from drift.optimizer import OptimizerConfig, clip_gradients
 from drift.policy_module import DType, PolicyModule
-from drift.randomness import fold, uniform
+from drift.randomness import fold, run_seed, uniform
 
 # Least share of masked tokens: 1/t weights would have no bound (LLaDA, arXiv 2502.09992, algorithm 2).
 MIN_SHARE = 1e-3
@@ -30,12 +30,14 @@ class SFTModule(PolicyModule):
         optimizer: settings of AdamW.
         random_init: start from fresh weights, of the folder's config.json.
         dtype: dtype of the policy's parameters.
-        seed: of the masks.
+        seed: of the masks; None: that of `seed_everything`.
         lora: adapters to train in place of the weights, which stay as they are; None: train the weights.
         activation_checkpointing: compute the blocks again in backward: less memory, the same numbers, slower.
         gather_for_rollout: of a sharded policy, hold all weights on every rank for an evaluation,
             gathered once; False: gather them in every pass, block by block: less memory, slower.
     """
+
+    command = "sft"
 
     def __init__(
         self,
@@ -43,7 +45,7 @@ class SFTModule(PolicyModule):
         optimizer: OptimizerConfig = OptimizerConfig(lr=1e-5),  # noqa: B008 - frozen
         random_init: bool = False,
         dtype: DType = "float32",
-        seed: int = 0,
+        seed: int | None = None,
         lora: LoRAConfig | None = None,
         activation_checkpointing: bool = False,
         gather_for_rollout: bool = True,
@@ -51,7 +53,7 @@ class SFTModule(PolicyModule):
         super().__init__(
             policy, optimizer, dtype, random_init, lora, activation_checkpointing, gather_for_rollout
         )
-        self.seed = seed
+        self.seed = run_seed(seed)
         self._batch: PromptBatch  # at hand
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:

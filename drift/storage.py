@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -84,16 +84,30 @@ def storage_error(path: Path, error: BaseException) -> StorageError:
     )
 
 
-def require_writable(folders: Sequence[str | None]) -> None:
-    """Makes the folders that loggers write to; raises ConfigError where one cannot be made."""
-    for folder in filter(None, folders):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"trainer.logger.save_dir is {folder!r}: it cannot be made ({error.strerror}); name a folder "
-                "that can be written to"
-            ) from error
+def require_folder(key: str, folder: str | Path) -> None:
+    """Makes a folder to write to; raises ConfigError, under a setting's key, where it cannot be made or used."""
+    reason = _no_folder(Path(folder))
+    if reason:
+        raise ConfigError(
+            f"{key} is {str(folder)!r}: it cannot be made ({reason}); name a folder that can be written to"
+        )
+
+
+def require_file(key: str, path: str) -> None:
+    """Makes the folder of a file to write; raises ConfigError, under a setting's key, where that cannot be."""
+    reason = "it is a folder" if Path(path).is_dir() else _no_folder(Path(path).parent)
+    if reason:
+        raise ConfigError(
+            f"{key} is {path!r}: it cannot be written ({reason}); name a file in a folder that can be written to"
+        )
+
+
+def _no_folder(folder: Path) -> str | None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error.strerror
+    return None if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
 
 
 def sync(path: Path) -> None:

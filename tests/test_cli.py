@@ -421,6 +421,65 @@ def test_an_output_folder_that_cannot_be_made_is_named(tiny: list[str], error, t
     assert "it cannot be made (Not a directory)" in message
 
 
+@pytest.mark.parametrize(
+    ("command", "key", "reason"),
+    [
+        ("fit", "checkpoint.dirpath", "it cannot be made (Not a directory)"),
+        ("test", "summary.path", "it cannot be written (Not a directory)"),
+        ("test", "answers.path", "it cannot be written (Not a directory)"),
+        ("predict", "predictions.path", "it cannot be written (Not a directory)"),
+    ],
+)
+def test_what_cannot_be_written_is_named_at_once(
+    tiny: list[str], error, tmp_path: Path, command: str, key: str, reason: str
+):
+    (tmp_path / "file").touch()
+    message = error(command, *tiny, f"--{key}={tmp_path / 'file' / 'folder' / 'x'}")
+    assert f"{key} is" in message
+    assert reason in message
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tiny: list[str], error, tmp_path: Path):
+    message = error("test", *tiny, f"--answers.path={tmp_path}")
+    assert "answers.path is" in message
+    assert "(it is a folder)" in message
+
+
+def test_a_key_that_stands_twice_is_refused(tiny: list[str], error, tmp_path: Path):
+    file = tmp_path / "twice.yaml"
+    file.write_text("model:\n  optimizer: {lr: 5.0e-3}\nmodel:\n  loss: {beta: 0}\n", encoding="utf-8")
+    message = error("fit", *tiny, f"--config={file}")
+    assert "the key 'model' stands there twice, line 3" in message
+
+
+def test_a_resumed_run_has_its_own_learning_rate(tiny: list[str], tmp_path: Path):
+    last = tmp_path / "kept" / "last.ckpt"
+    run(["fit", *tiny, f"--checkpoint.dirpath={last.parent}", "--model.optimizer.lr=1e-3"])
+    before = load(last)
+    changed = ["--model.optimizer.lr=1e-4", "--model.optimizer.weight_decay=0.5"]
+    more = f"--trainer.max_steps={before['global_step'] + 1}"
+    run(["fit", *tiny, f"--checkpoint.dirpath={tmp_path / 'new'}", f"--ckpt_path={last}", more, *changed])
+    after = load(tmp_path / "new" / "last.ckpt")
+    matrices, others = after["optimizer_states"][0]["param_groups"]
+    assert before["optimizer_states"][0]["param_groups"][0]["lr"] == 1e-3
+    assert (matrices["lr"], matrices["weight_decay"]) == (1e-4, 0.5)
+    assert (others["lr"], others["weight_decay"]) == (1e-4, 0.0)
+
+
+def test_fine_tuning_and_reinforcement_learning_do_not_go_on_with_each_other(
+    tiny: list[str], error, tmp_path: Path
+):
+    run(["fit", *tiny, f"--checkpoint.dirpath={tmp_path}"])
+    last = tmp_path / "last.ckpt"
+    checkpoint = load(last)
+    torch.save({**checkpoint, "command": "sft"}, last)
+    more = f"--trainer.max_steps={checkpoint['global_step'] + 1}"
+    message = error("fit", *tiny, f"--ckpt_path={last}", more)
+    assert checkpoint["command"] == "fit"
+    assert "ckpt_path: `drift sft` wrote it" in message
+    assert "give that folder as model.policy" in message
+
+
 def test_what_lightning_refuses_is_one_line(tiny: list[str], error):
     message = error("fit", *tiny, "--trainer.max_steps=-5")
     assert message.startswith("drift: error: `max_steps` must be a non-negative integer or -1")

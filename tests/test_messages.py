@@ -78,6 +78,58 @@ def test_an_argument_that_a_class_does_not_have():
             "unrecognized arguments: --trainer.max_step 5; did you mean 'trainer.max_steps'?",
         ),
         ("something\n  else", "something else"),
+        (
+            """Parser key "data.task":
+  Problem with given class_path 'drift.tasks.SudokuTask':
+    Parser key "blanks":
+      Does not validate against any of the Union subtypes
+      Subtypes: [tuple[int, int], list[a.b.Reward], <class 'NoneType'>]
+      Errors:
+        - Expected a <class 'tuple'>
+        - Expected a <class 'NoneType'>
+      Given value type: <class 'str'>
+      Given value: 6""",
+            "data.task.blanks is 6: it must be tuple[int, int] or list[Reward] or null",
+        ),
+        (
+            """Parser key "rollout.extra_rewards":
+  Does not validate against any of the Union subtypes
+  Subtypes: [list[drift.tasks.scoring.ExtraReward], <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'drift.tasks.ExtraReward':
+        Parser key "reward":
+          Problem with given class_path 'drift.rewards.FormatReward':
+            the following arguments are required: pattern
+    - Expected a <class 'NoneType'>
+  Given value: [Namespace(class_path='drift.tasks.ExtraReward')]""",
+            "rollout.extra_rewards.reward: FormatReward cannot do without pattern; set it",
+        ),
+        (
+            """Parser key "rollout.extra_rewards":
+  Does not validate against any of the Union subtypes
+  Subtypes: [list[drift.tasks.scoring.ExtraReward], <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'drift.tasks.ExtraReward':
+        Parser key "reward":
+
+          - Expected a path but NoSuchReward either not accessible or invalid
+          - Expected a dot import path string: NoSuchReward
+    - Expected a <class 'NoneType'>
+  Given value: [{'reward': 'NoSuchReward', 'weight': 0.1}]""",
+            "rollout.extra_rewards.reward is 'NoSuchReward': there is no such class; give the name of one of "
+            "drift's, or the path of your own",
+        ),
+        (
+            "the following arguments are required: fit.model.policy, fit.data.task",
+            "required, and not given: model.policy, data.task; start from a recipe, such as --config "
+            "quickstart, or set them",
+        ),
+        ("the following arguments are required: path", "required, and not given: path"),
+        (
+            "argument --model.optimizer.lr: expected one argument",
+            "argument --model.optimizer.lr: expected one argument; give a value that begins with '-' as "
+            "--KEY=VALUE",
+        ),
     ],
 )
 def test_messages_are_one_line_with_key_and_value(message: str, expected: str):

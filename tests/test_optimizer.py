@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from drift.contract import ConfigError
 from drift.models import LLaDA
 from drift.optimizer import (
     MasterAdamW,
     OptimizerConfig,
+    apply_settings,
     build_optimizer,
     build_schedule,
     clip_gradients,
@@ -71,6 +74,41 @@ def test_decay_shrinks_matrices_only():
     # A zero gradient leaves the decay alone: 1 - 0.1 * 0.5.
     torch.testing.assert_close(module.weight, torch.full((2, 2), 0.95))
     torch.testing.assert_close(module.bias, torch.ones(2))
+
+
+def test_settings_stand_where_a_checkpoint_left_others():
+    config = OptimizerConfig(lr=1e-2, betas=(0.5, 0.5), weight_decay=0.1, warmup_steps=4)
+    optimizer, schedule = stepped(config, steps=2)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-3)
+    now = OptimizerConfig(lr=1e-3, weight_decay=0.3, schedule="linear")
+    changed = build_optimizer(nn.Linear(2, 2), now)
+    going_on = build_schedule(changed, now, num_steps=10)
+    changed.load_state_dict(optimizer.state_dict())
+    going_on.load_state_dict(schedule.state_dict())
+    apply_settings(changed, going_on, now)
+    for group, decay in zip(changed.param_groups, (0.3, 0.0), strict=True):
+        assert group["lr"] == pytest.approx(0.8e-3)
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.999), decay)
+    changed.step()
+    going_on.step()
+    assert changed.param_groups[0]["lr"] == pytest.approx(0.7e-3)
+
+
+def test_the_same_settings_change_no_bit():
+    config = OptimizerConfig(lr=0.1 / 3, warmup_steps=7, schedule="cosine", weight_decay=0.1)
+    optimizer, schedule = stepped(config, steps=3)
+    before = optimizer.state_dict()["param_groups"], schedule.state_dict()["_last_lr"]
+    apply_settings(optimizer, schedule, config)
+    assert (optimizer.state_dict()["param_groups"], schedule.state_dict()["_last_lr"]) == before
+
+
+def stepped(config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    optimizer = build_optimizer(nn.Linear(2, 2), config)
+    schedule = build_schedule(optimizer, config, num_steps=10)
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+    return optimizer, schedule
 
 
 def test_a_module_without_matrices_has_one_group():

@@ -1,7 +1,11 @@
 import pytest
 import torch
 
-from drift.randomness import draw_keys, fold, uniform
+from drift.callbacks import RolloutCallback
+from drift.data import PromptDataModule
+from drift.randomness import draw_keys, fold, run_seed, uniform
+from drift.sft import SFTModule
+from drift.tasks import SudokuTask
 
 NUM = 100_000
 
@@ -86,3 +90,13 @@ def test_keys_come_from_the_generator():
     assert (one < 0).any()
     torch.manual_seed(0)
     assert torch.equal(draw_keys(64), one)
+
+
+def test_the_runs_seed_is_that_of_all_draws_that_have_none_of_their_own(monkeypatch):
+    assert run_seed(None) == 0
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    rollout = RolloutCallback()
+    assert (rollout.seed, rollout.cells["test"][0].seed) == (7, 7)
+    assert PromptDataModule(SudokuTask()).seed == 7
+    assert SFTModule("sudoku_base").seed == 7
+    assert RolloutCallback(seed=0).seed == 0

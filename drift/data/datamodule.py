@@ -38,6 +38,7 @@ from drift.data.stream import (
 from drift.data.template import PromptTemplate
 from drift.distributed import rank, require_agreement, share_of_rank, world_size
 from drift.models import load_tokenizer, resolve_folder
+from drift.randomness import run_seed
 from drift.tasks import Task
 
 LongPrompts = Literal["error", "drop"]
@@ -67,7 +68,7 @@ class PromptDataModule(LightningDataModule):
             its special tokens, or else the bare text; `none`: the bare text; or a .jinja file, or its text.
         demonstration_length: also give demonstrations, padded to this many tokens; fine-tuning only.
         shuffle: False keeps the order of the training rows.
-        seed: of the shuffling.
+        seed: of the shuffling; None: that of `seed_everything`.
         contamination_threshold: `fit` stops where training prompts hold validation or test prompts: equal,
             equal but for case, spacing and punctuation, or with this share of their 8-grams, within (0, 1].
         allow_contamination: train on such rows, with a warning.
@@ -95,7 +96,7 @@ class PromptDataModule(LightningDataModule):
         chat_template: str = "auto",
         demonstration_length: int | None = None,
         shuffle: bool = True,
-        seed: int = 0,
+        seed: int | None = None,
         contamination_threshold: float = 0.95,
         allow_contamination: bool = False,
         drop_contaminated: bool = False,
@@ -131,7 +132,7 @@ class PromptDataModule(LightningDataModule):
         self.chat_template = chat_template
         self.demonstration_length = demonstration_length
         self.shuffle = shuffle
-        self.seed = seed
+        self.seed = run_seed(seed)
         self.guard = ContaminationGuard(contamination_threshold, allow_contamination, drop_contaminated)
         self.template: PromptTemplate
         self.tokenizer_folder: Path  # both, once `setup` has run

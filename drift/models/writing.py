@@ -77,6 +77,9 @@ def write_folder(
     save_torch_state_dict(_unshared(found), new, max_shard_size=max_shard_size, metadata={"format": "pt"})
     for name, file in companions(source, tokenizer).items():
         shutil.copyfile(file, new / name)
+    # safetensors lets nobody but the owner read its files; these are for whoever reads the configuration.
+    for file in new.glob("*.safetensors"):
+        file.chmod((new / "config.json").stat().st_mode)
     if dtype != "source":
         _set_dtype(new / "config.json", dtype)
     if chat_template is not None:

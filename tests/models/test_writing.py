@@ -31,6 +31,12 @@ def test_what_came_in_goes_out_byte_for_byte(source: Path, tmp_path: Path):
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
 
 
+def test_whoever_reads_the_configuration_reads_the_weights(source: Path, tmp_path: Path):
+    write_folder(load_policy(source).state_dict(), source, tmp_path / "out")
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "out" / "config.json").stat().st_mode}
+
+
 def test_each_tensor_keeps_the_dtype_it_came_in(source: Path, tmp_path: Path):
     tensors = load_file(source / "model.safetensors")
     names = sorted(tensors)
