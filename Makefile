@@ -36,7 +36,7 @@ format: setup  ## sort the imports, mend what ruff can, format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup  ## run every benchmark but bench_learning (a day); each writes benchmarks/results/
+bench: setup  ## run every benchmark but bench_learning (a day); they write to benchmarks/results/, or print
 	@set -e; for script in benchmarks/bench_*.py; do \
 		[ $$script = benchmarks/bench_learning.py ] || $(BIN)/python $$script; done
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -239,7 +240,11 @@ def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
         # Points of the same number in all seeds, to the last ones.
         least = min(map(len, curves), default=0)
         curves = [[*curve[: least - 1], curve[-1]] for curve in curves]
-        points = [{name: [p[name] for p in same] for name in same[0]} for same in zip(*curves, strict=True)]
+        # Before the first step there was no rollout.
+        points = [
+            {name: [math.nan if point[name] is None else point[name] for point in same] for name in same[0]}
+            for same in zip(*curves, strict=True)
+        ]
         for row, name in enumerate(figures):
             spread = [(min(point[name]), max(point[name])) for point in points]
             for offset, (against, unit) in enumerate((("passes", 1e-3), ("seconds", 1.0))):

@@ -148,8 +148,10 @@ class Curve(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Adds a point."""
-        recent = self._recent[-10:] or [(float("nan"), float("nan"))]
-        reward, timesteps = (sum(values) / len(recent) for values in zip(*recent, strict=True))
+        recent = self._recent[-10:]
+        reward, timesteps = (
+            (sum(values) / len(recent) for values in zip(*recent, strict=True)) if recent else (None, None)
+        )
         point = {"step": trainer.global_step, "seconds": self.seconds, "passes": self.passes}
         point |= {"reward": reward, "rollout": timesteps, **accuracies(pl_module)}
         if not self.points or self.points[-1]["step"] < point["step"]:

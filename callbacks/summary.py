@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -86,7 +87,9 @@ class SummaryCallback(Callback):
                 lines += [f"{'last checkpoint':<18} {callback.last_model_path}"] * bool(
                     callback.last_model_path
                 )
-        lines.append(f"{'logs':<18} tensorboard --logdir {self.folder}")
+        for logger in trainer.loggers:
+            command = "tensorboard --logdir " if isinstance(logger, TensorBoardLogger) else ""
+            lines.append(f"{'logs':<18} {command}{logger.log_dir or logger.save_dir or logger.name}")
         _print("summary", lines)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

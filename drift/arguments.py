@@ -78,14 +78,16 @@ class _OnceLoader(yaml.SafeLoader):
             key = key_node.value
             if key in seen and key != "<<":
                 place = f"line {key_node.start_mark.line + 1}"
-                raise yaml.constructor.ConstructorError(problem=f"the key {key!r} stands there twice, {place}")
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} stands there twice, {place}"
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _require_settings(file: Path) -> None:
     try:
-        found = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)  # noqa: S506 - a safe one
+        found = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config is {str(file)!r}: it is no YAML: {reason}; correct it") from error

@@ -124,11 +124,12 @@ def require_adapters_of(found: Mapping[str, Any] | None, needed: Mapping[str, An
 
 
 def require_same_command(theirs: str, ours: str) -> None:
-    """Raises ConfigError where another command wrote the checkpoint: its optimizer is of other gradients."""
+    """Raises ConfigError where another command wrote the checkpoint, whose optimizer is of another loss."""
     if theirs != ours:
         raise ConfigError(
-            f"ckpt_path: `drift {theirs}` wrote it, and `drift {ours}` would go on with its optimizer and its "
-            "count of steps; to start from its weights, `drift export` them and give that folder as model.policy"
+            f"ckpt_path: `drift {theirs}` wrote it, and `drift {ours}` would go on with its optimizer and "
+            "its count of steps; to start from its weights, `drift export` them and give that folder as "
+            "model.policy"
         )
 
 

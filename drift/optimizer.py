@@ -201,7 +201,7 @@ def apply_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler, conf
     if before != config.lr:
         rank_zero_info(f"model.optimizer.lr: going on with {config.lr:g}; the checkpoint's was {before:g}")
     schedule.base_lrs = [config.lr for _ in optimizer.param_groups]
-    rates = [config.lr * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+    rates: list[float | Tensor] = [config.lr * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     schedule._last_lr = rates
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         matrices = any(p.dim() >= 2 for p in group["params"])

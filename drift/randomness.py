@@ -64,7 +64,7 @@ def draw_keys(
 
 
 def run_seed(seed: int | None) -> int:
-    """A seed, or where it is None the one given to Lightning's `seed_everything` (0 where that was not called)."""
+    """A seed, or where it is None that of Lightning's `seed_everything` (0 where that was not called)."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
 
 

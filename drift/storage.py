@@ -85,7 +85,7 @@ def storage_error(path: Path, error: BaseException) -> StorageError:
 
 
 def require_folder(key: str, folder: str | Path) -> None:
-    """Makes a folder to write to; raises ConfigError, under a setting's key, where it cannot be made or used."""
+    """Makes a folder to write to; raises ConfigError, under a setting's key, where that cannot be."""
     reason = _no_folder(Path(folder))
     if reason:
         raise ConfigError(
@@ -94,11 +94,12 @@ def require_folder(key: str, folder: str | Path) -> None:
 
 
 def require_file(key: str, path: str) -> None:
-    """Makes the folder of a file to write; raises ConfigError, under a setting's key, where that cannot be."""
+    """Makes the folder of a file to write; raises ConfigError, under its key, where that cannot be."""
     reason = "it is a folder" if Path(path).is_dir() else _no_folder(Path(path).parent)
     if reason:
         raise ConfigError(
-            f"{key} is {path!r}: it cannot be written ({reason}); name a file in a folder that can be written to"
+            f"{key} is {path!r}: it cannot be written ({reason}); name a file in a folder that can be "
+            "written to"
         )
 
 

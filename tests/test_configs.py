@@ -25,7 +25,7 @@ from drift.tasks import CodeTask, MathTask
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
-SAMPLERS = ["all_mask", "coupled_mask", "full", "random_mask", "uniform", "weighted"]
+SAMPLERS = ["all_mask", "corrected", "coupled_mask", "full", "random_mask", "uniform", "weighted"]
 SAMPLERS += ["coupled_elbo", "proportional", "quadrature_elbo", "sandwiched", "step", "trace"]
 PAPER = [f"{family}_{task}" for family in ("llada", "dream") for task in ("math", "code")]
 RECIPES = {"quickstart": "fit", "sudoku_base": "sft"} | {
@@ -83,7 +83,7 @@ def instantiate(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_every_config_is_known_here():
     assert {file.relative_to(ROOT / "configs").with_suffix("").as_posix() for file in FILES} == set(NAMES)
-    assert len(FILES) == 38
+    assert len(FILES) == 39
     assert set(shipped_configs()) == set(NAMES)
 
 
@@ -159,7 +159,7 @@ def test_every_sampler_has_a_config():
     import drift.samplers
 
     overlays = [yaml.safe_load(file.read_text()) for file in FILES if file.parent.name == "sampler"]
-    paths = [overlay["model"]["sampler"]["class_path"] for overlay in overlays]
+    paths = {overlay["model"]["sampler"]["class_path"] for overlay in overlays}
     classes = [name for name in drift.samplers.__all__ if name != "TimestepSampler"]
     assert sorted(paths) == sorted(f"drift.samplers.{name}" for name in classes)
 

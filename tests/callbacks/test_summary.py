@@ -3,6 +3,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from drift.callbacks import CheckpointCallback, RolloutCallback, SummaryCallback
 from drift.data import PromptDataModule
@@ -27,7 +28,8 @@ def setup(tiny_folder: Path, spread_task, make_trainer):
 
 
 def test_training_ends_with_a_summary(setup, capsys, tmp_path: Path):
-    trainer, module, data, summary = setup(7, checkpoint=True, limit_val_batches=1.0, val_check_interval=3)
+    settings = {"limit_val_batches": 1.0, "val_check_interval": 3, "logger": TensorBoardLogger(tmp_path, "")}
+    trainer, module, data, summary = setup(7, checkpoint=True, **settings)
     trainer.fit(module, datamodule=data)
     out = capsys.readouterr().out
     assert "--- summary ---" in out
@@ -42,9 +44,20 @@ def test_training_ends_with_a_summary(setup, capsys, tmp_path: Path):
     assert lines["val/accuracy"] == "0.000 -> 0.000, best 0.000"
     assert lines["best checkpoint"].endswith("best.ckpt")
     assert lines["last checkpoint"].endswith("last.ckpt")
-    assert lines["logs"] == f"tensorboard --logdir {tmp_path}"
+    assert lines["logs"] == f"tensorboard --logdir {tmp_path / 'version_0'}"
     # Validations in training leave no results file.
     assert not (tmp_path / "val.json").exists()
+
+
+def test_other_logs_are_named_and_none_where_there_are_none(setup, capsys, tmp_path: Path):
+    for logger, expected in (
+        (CSVLogger(tmp_path, ""), [f"logs               {tmp_path / 'version_0'}"]),
+        (False, []),
+    ):
+        trainer, module, data, _ = setup(1, logger=logger)
+        trainer.fit(module, datamodule=data)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if line.startswith("logs ")] == expected
 
 
 def test_a_resumed_run_counts_from_where_it_was(setup, capsys, tmp_path: Path):
