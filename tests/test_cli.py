@@ -644,7 +644,7 @@ def test_one_command_evaluates_a_grid_and_compare_reads_it(tiny: list[str], tmp_
     ("arguments", "parts"),
     [
         (["--data.benchmarks=[sudoko]"], ["data.benchmarks names 'sudoko'", "did you mean 'sudoku'?"]),
-        (["--data.test={}"], ["data.test is ", "required: path"]),
+        (["--data.test={}"], ["data.test: Source cannot do without path; set it"]),
         (["--data.test=MATH500"], ["data.test is MATH500", "it must be"]),
         (["--data.test.math.limt=3"], ["data.test.math.limt: ", "did you mean 'data.test.math.limit'?"]),
         (["--data.test.math.path=nowhere.json"], ["data.test.math.path='nowhere.json' does not exist"]),
