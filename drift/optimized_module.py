@@ -34,13 +34,16 @@ class OptimizedModule(MeasuredModule):
         super().__init__()
         self.optimizer_config = optimizer
         self.skipped = SkippedSteps(optimizer.max_skipped)
+        # Of the schedule: where a last validation is left, Lightning is later told of one step more.
+        self._num_steps: int | None = None
         self._shown = False  # whether the weights have the value of their average
 
     def configure_optimizers(self) -> Any:
         """AdamW over the trainable parameters, and its schedule, stepped once an optimizer step."""
         self._shown = False
         optimizer = build_optimizer(self, self.optimizer_config)
-        schedule = build_schedule(optimizer, self.optimizer_config, self.trainer.max_steps)
+        num_steps = self.trainer.max_steps if self._num_steps is None else self._num_steps
+        schedule = build_schedule(optimizer, self.optimizer_config, num_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def show_average(self) -> None:
@@ -85,6 +88,7 @@ class OptimizedModule(MeasuredModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Where training goes on: takes up the weights themselves, and how many steps were just skipped."""
         if self.trainer.state.fn == TrainerFn.FITTING:
+            self._num_steps = self.trainer.max_steps
             without_averages(checkpoint, keep=self.optimizer_config.ema_decay > 0)
             self.skipped.in_a_row = checkpoint.get(_SKIPPED, 0)
 
