@@ -16,6 +16,7 @@ _UNKNOWN = re.compile(
     r"(?:(?:does not accept option|Option|Key|key|group) ['\"]|nrecognized arguments: --)([\w.]+)"
 )
 _EXPECTED = re.compile(r"Expected a (.+?)(?:\. Got value: .*)?")
+_SUBTYPES = re.compile(r"Subtypes: \[(.*)\]")
 # What stands between two commas that are in no brackets.
 _SUBTYPE = re.compile(r"(?:[^,\[\]]|\[[^\]]*\])+")
 _REQUIRED = re.compile(r"the following arguments are required: (.+)")
@@ -109,8 +110,7 @@ def _reason(message: str) -> str:
     ]
     if reasons:
         return "; ".join(reasons)
-    shown = [line.removeprefix("Subtypes: [").removesuffix("]") for line in lines if line.startswith("Subt")]
-    subtypes = [kind.strip() for line in shown for kind in _SUBTYPE.findall(line)]
+    subtypes = [kind.strip() for shown in _SUBTYPES.findall(message) for kind in _SUBTYPE.findall(shown)]
     kinds = subtypes or [expected[1] for line in lines if (expected := _EXPECTED.fullmatch(line))]
     return f"it must be {' or '.join(_type_name(kind) for kind in kinds)}" if kinds else "it cannot be read"
 

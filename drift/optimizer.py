@@ -148,14 +148,18 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.A
     if config.master_weights and any(p.dtype == torch.float32 for p in trainable):
         raise ConfigError(_NO_MASTERS)
     groups = [
-        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if _is_decayed(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if not _is_decayed(p)], "weight_decay": 0.0},
     ]
     family = MasterAdamW if config.master_weights else torch.optim.AdamW
     optimizer = family([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
     if config.ema_decay:
         keep_average(optimizer, config.ema_decay)
     return optimizer
+
+
+def _is_decayed(parameter: Tensor) -> bool:
+    return parameter.dim() >= 2
 
 
 def require_precise(config: OptimizerConfig, dtype: torch.dtype) -> None:
@@ -204,12 +208,11 @@ def apply_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler, conf
     rates: list[float | Tensor] = [config.lr * factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
     schedule._last_lr = rates
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        matrices = any(p.dim() >= 2 for p in group["params"])
         group |= {
             "lr": rate,
             "initial_lr": config.lr,
             "betas": config.betas,
-            "weight_decay": config.weight_decay if matrices else 0.0,
+            "weight_decay": config.weight_decay if _is_decayed(group["params"][0]) else 0.0,
         }
 
 
