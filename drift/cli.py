@@ -117,6 +117,22 @@ class DriftCLI(LightningCLI):
                 raise
             raise ConfigError(f"{_places(str(found), self.config)}{found}") from error
 
+    def instantiate_trainer(self, **settings: Any) -> Any:
+        """Makes the trainer; what Lightning refuses is an error of its settings."""
+        try:
+            trainer = super().instantiate_trainer(**settings)
+            ranks: Any = getattr(trainer.strategy, "cluster_environment", None)
+            if ranks is not None:
+                ranks.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
+        if trainer.val_check_interval == 0:
+            raise ConfigError(
+                "trainer.val_check_interval is 0: set it to 1 or more steps; "
+                "trainer.limit_val_batches 0 leaves validation out"
+            )
+        return trainer
+
     def _find_checkpoint(self, settings: Any) -> None:
         """Puts a path in the place of `--resume auto`, `last` and `best`."""
         parser: Any = self._parser(self.config.subcommand)

@@ -439,6 +439,34 @@ def test_what_cannot_be_written_is_named_at_once(
     assert reason in message
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("accelerator=gpuu", "trainer: You selected an invalid accelerator name"),
+        ("strategy=fsdpp", "trainer: You selected an invalid strategy name"),
+        ("devices=abc", "trainer: `devices` selected with `CPUAccelerator` should be an int > 0"),
+        ("num_nodes=0", "trainer: `num_nodes` must be a positive integer, but got 0"),
+        ("max_steps=-5", "trainer: `max_steps` must be a non-negative integer or -1"),
+        ("gradient_clip_val=1", "Automatic gradient clipping is not supported for manual optimization"),
+        ("val_check_interval=0", "trainer.val_check_interval is 0: set it to 1 or more steps"),
+    ],
+)
+def test_what_lightning_refuses_is_one_line(tiny: list[str], error, setting: str, words: str):
+    message = error("fit", *tiny, f"--trainer.{setting}")
+    assert message.startswith(f"drift: error: {words}")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_as_many_devices_as_processes_are_asked_for(tiny: list[str], error, monkeypatch, strategy: str):
+    ranks = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    for name, value in {**ranks, "TORCHELASTIC_RUN_ID": "none"}.items():
+        monkeypatch.setenv(name, value)
+    message = error("fit", *tiny, f"--config=strategy/{strategy}")
+    assert message.startswith("drift: error: trainer: You set `devices=1` and `num_nodes=1`")
+    assert "does not match the world size (2)" in message
+
+
 def test_a_folder_in_the_place_of_a_file_is_named(tiny: list[str], error, tmp_path: Path):
     message = error("test", *tiny, f"--answers.path={tmp_path}")
     assert "answers.path is" in message
@@ -478,11 +506,6 @@ def test_fine_tuning_and_reinforcement_learning_do_not_go_on_with_each_other(
     assert checkpoint["command"] == "fit"
     assert "ckpt_path: `drift sft` wrote it" in message
     assert "give that folder as model.policy" in message
-
-
-def test_what_lightning_refuses_is_one_line(tiny: list[str], error):
-    message = error("fit", *tiny, "--trainer.max_steps=-5")
-    assert message.startswith("drift: error: `max_steps` must be a non-negative integer or -1")
 
 
 def test_nothing_is_left_behind_by_a_command_that_never_trained(tiny: list[str], error, tmp_path: Path):
