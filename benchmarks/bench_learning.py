@@ -62,7 +62,7 @@ RECIPES = {
     "rldf_commit": Recipe(
         sampler="ProportionalSampler",
         arguments={"floor": 0.3},
-        loss={"normalisation": "trajectory"},
+        loss={"normalisation": "trajectory", "commit_weight": 0.3},
         decode={**_DRAWN, "temperature": 0.5},
         optimizer={"warmup_steps": 10, "ema_decay": EMA_DECAY},
     ),
