@@ -125,7 +125,7 @@ def test_commits_are_learned_behind_every_recipe(instantiate, recipe: str):
     assert (rollout.evaluation.rule, rollout.evaluation.threshold) == ("threshold", 0.9)
     assert isinstance(cli.model.sampler, ProportionalSampler)
     assert cli.model.loss.normalisation == "trajectory"
-    assert (cli.model.loss.tau, cli.model.loss.commit_weight) == (0.6, 1)
+    assert (cli.model.loss.tau, cli.model.loss.commit_weight) == (0.6, 0.3)
 
 
 @pytest.mark.parametrize("name", TASKS)
