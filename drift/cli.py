@@ -126,11 +126,6 @@ class DriftCLI(LightningCLI):
                 ranks.validate_settings(num_devices=trainer.num_devices, num_nodes=trainer.num_nodes)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {' '.join(str(error).split())}") from error
-        if trainer.val_check_interval == 0:
-            raise ConfigError(
-                "trainer.val_check_interval is 0: set it to 1 or more steps; "
-                "trainer.limit_val_batches 0 leaves validation out"
-            )
         return trainer
 
     def _find_checkpoint(self, settings: Any) -> None:

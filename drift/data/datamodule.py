@@ -170,6 +170,11 @@ class PromptDataModule(LightningDataModule):
             require_groups(getattr(module, "train_groups", None), self.prompts_per_step)
         if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 0:
             raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
+        if stage == "fit" and self.trainer is not None and self.trainer.val_check_interval == 0:
+            raise ConfigError(
+                "trainer.val_check_interval is 0: set it to 1 or more steps; "
+                "trainer.limit_val_batches 0 leaves validation out"
+            )
         split = "validation" if stage in ("fit", "validate") else "test"
         loaded = load_sources(split, self.evaluation_sources[split], needed=stage != "fit")
         drop = self.long_prompts == "drop"

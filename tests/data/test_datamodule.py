@@ -50,6 +50,7 @@ class Trainer:
     def __init__(self, global_step: int = 0, max_steps: int = 100, num_updates: int = 1) -> None:
         self.global_step = global_step
         self.max_steps = max_steps
+        self.val_check_interval = 1
         self.lightning_module = type("Module", (), {"num_updates": num_updates})()
         self.log_dir = None
         self.default_root_dir = "/dev/null"  # nothing may be written

@@ -32,6 +32,7 @@ class Trainer:
     """As much of a trainer as the data module looks at."""
 
     max_steps = 100
+    val_check_interval = 1
     global_step = 0
     lightning_module = type("Module", (), {"num_updates": 1})()
 
