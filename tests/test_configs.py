@@ -1,5 +1,6 @@
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import datasets
@@ -126,6 +127,19 @@ def test_commits_are_learned_behind_every_recipe(instantiate, recipe: str):
     assert isinstance(cli.model.sampler, ProportionalSampler)
     assert cli.model.loss.normalisation == "trajectory"
     assert (cli.model.loss.tau, cli.model.loss.commit_weight) == (0.6, 0.3)
+
+
+def test_the_overlay_is_what_was_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    bench_learning = import_module("bench_learning")
+    measured = bench_learning.RECIPES[bench_learning.BEST]
+    overlay = yaml.safe_load((ROOT / "configs" / "rldf_commit.yaml").read_text(encoding="utf-8"))
+    sampler, decode = overlay["model"]["sampler"], overlay["rollout"]["decode"]
+    assert sampler["class_path"] == f"drift.samplers.{measured.sampler}"
+    assert sampler["init_args"] == {"k": 4, **measured.arguments}
+    assert overlay["model"]["loss"] == {"tau": 0.6, **measured.loss}
+    assert overlay["model"]["optimizer"] == measured.optimizer
+    assert decode == {"use_cache": False, "horizon": None, **measured.decode}
 
 
 @pytest.mark.parametrize("name", TASKS)
