@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from subprocess import Popen
+from threading import Thread
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -39,29 +41,37 @@ class WatchdogCallback(Callback):
             )
         self.timeout_seconds = timeout_seconds
         self.watch: RankWatch | None = None
+        self.told = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts the watch, where there are others to wait for."""
         if self.timeout_seconds is None or world_size() == 1 or not isinstance(pl_module, PolicyModule):
             return
         pl_module.report("setup", 0, 1)
+        launcher: Any = trainer.strategy.launcher
 
         def at() -> tuple[Stage, int]:
             return pl_module.stage, trainer.global_step
 
         def end(report: str) -> None:
-            sys.stderr.write(
-                f"drift: stopped: rank {rank()} has waited for {self.timeout_seconds:g} s "
-                f"(watchdog.timeout_seconds):\n{report}\n"
-            )
-            sys.stderr.flush()
-            launcher: Any = trainer.strategy.launcher
+            waited = f"rank {rank()} has waited for {self.timeout_seconds:g} s (watchdog.timeout_seconds)"
+            _tell(f"stopped: {waited}", report)
             if launcher is not None:
                 launcher.kill(signal.SIGKILL)  # a stopped process would stay, and keep its device
             os._exit(1)
 
         self.watch = RankWatch(self.timeout_seconds, at, end)
         self.watch.start()
+        for number, process in enumerate(getattr(launcher, "procs", ()), start=rank() + 1):
+            Thread(target=self._await_end, args=(number, process), daemon=True).start()
+
+    def _await_end(self, number: int, process: Popen[bytes]) -> None:
+        """Says at once that a rank was killed: Lightning's launcher kills the others for it within 5 s."""
+        status = process.wait()
+        watch = self.watch
+        if watch is not None and status < 0:
+            self.told = True
+            _tell(f"rank {number} was killed by signal {-status}", watch.news(others_fail_too=False))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Ends the watch."""
@@ -73,8 +83,9 @@ class WatchdogCallback(Callback):
         """Says what all ranks were at, where this one fails: mostly because another one is gone."""
         own = isinstance(exception, SampleError | StorageError) or not isinstance(exception, RuntimeError)
         if self.watch is not None and not own:
-            sys.stderr.write(f"drift: rank {rank()} fails ({exception}):\n{self.watch.news()}\n")
-            sys.stderr.flush()
+            news = self.watch.news()
+            if not self.told:
+                _tell(f"rank {rank()} fails ({exception})", news)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -89,6 +100,11 @@ class WatchdogCallback(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Any) -> None:
         """All ranks wait for the one that writes."""
         _report(pl_module, "checkpoint")
+
+
+def _tell(what: str, report: str) -> None:
+    sys.stderr.write(f"drift: {what}:\n{report}\n")
+    sys.stderr.flush()
 
 
 def _report(module: LightningModule, stage: str) -> None:

@@ -74,10 +74,18 @@ class RankWatch:
         """Ends both threads, the next time they wake."""
         self._stopped.set()
 
-    def news(self) -> str:
-        """The report, after a look at what the others said last; for the main thread."""
-        self._due = 0.0
-        time.sleep(3 * _GLANCE_SECONDS)
+    def news(self, others_fail_too: bool = True) -> str:
+        """The report, after a look at what the others said last.
+
+        Args:
+            others_fail_too: waits a moment, in which they may say so.
+        """
+        if others_fail_too:
+            time.sleep(3 * _GLANCE_SECONDS)
+        try:
+            self._read()
+        except RuntimeError as error:
+            self._note(error)
         return self.report()
 
     def report(self) -> str:
@@ -129,8 +137,11 @@ class RankWatch:
                     self._read()
                 self._trouble = ""
             except RuntimeError as error:
-                # Some rank has not started, or the store has gone with its rank: what was known stays known.
-                self._trouble = str(error).partition("\n")[0]
+                self._note(error)
+
+    def _note(self, error: RuntimeError) -> None:
+        # Some rank has not started, or the store has gone with its rank: what was known stays known.
+        self._trouble = str(error).partition("\n")[0]
 
     def _read(self) -> None:
         texts = self._store.multi_get([str(number) for number in range(world_size())])

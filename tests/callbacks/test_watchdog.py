@@ -21,6 +21,7 @@ TIMEOUT = 8.0
 SCRIPT = """
 import os, signal, sys, time
 from lightning import Trainer
+from lightning.fabric.strategies.launchers import subprocess_script
 from drift.callbacks import RescueCallback, RolloutCallback, WatchdogCallback
 from drift.data import PromptDataModule
 from drift.module import RLDFModule
@@ -29,6 +30,8 @@ from drift.rollout import DenoiseConfig
 from drift.tasks import SudokuTask
 
 victim, how, timeout = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+# The launcher looks every 5 s and kills all where it finds a process dead: here, always before they find out.
+subprocess_script._ChildProcessObserver.__init__.__defaults__ = (0.2,)
 
 class StoppingReward(PerSampleReward):
     def score(self, completion, problem):
@@ -108,7 +111,10 @@ def test_the_others_name_the_rank_that_stopped_and_end(tmp_path: Path, launcher:
     assert re.match(rf"  rank {victim} was last seen in stage 'reward' of step 2, \d+ s ago", lines[0])
     assert any(line.startswith(f"  rank {1 - victim} was last seen in stage ") for line in lines)
     if how == "sleep":
-        assert "train.py:19 in score)" in lines[0]
+        assert "train.py:22 in score)" in lines[0]
+    if how == "SIGKILL":
+        assert said.count("drift: ") == 1
+        assert f"drift: rank {victim} was killed by signal {signal.SIGKILL:d}:" in said
     if how == "SIGSTOP":
         assert "and has given no sign for" in lines[0]
 
