@@ -22,8 +22,8 @@ class ProgressCallback(TQDMProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Steps in all: the stream itself has no end."""
-        return self.trainer.max_steps
+        """Steps in all, or batches where a step has several: the stream itself has no end."""
+        return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Takes the module's reports."""
@@ -34,7 +34,8 @@ class ProgressCallback(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Starts the bar where training is, after a resume too."""
         super().on_train_epoch_start(trainer)
-        self.train_progress_bar.initial = self.train_progress_bar.n = trainer.global_step
+        done = trainer.global_step * trainer.accumulate_grad_batches
+        self.train_progress_bar.initial = self.train_progress_bar.n = done
         self.train_progress_bar.set_description("step")
 
     def get_metrics(

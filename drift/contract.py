@@ -244,6 +244,7 @@ class LossOutput:
 
     loss: Tensor  # [] float32, to be back-propagated
     parts: dict[str, Tensor]  # name -> [] float32, reduced over the kept tokens exactly as the loss is
+    share: Tensor  # [] float32, the sum of the kept tokens' factors: with it, parts are means over tokens
     num_kept: Tensor  # [] int64, tokens that the loss was made of
     num_scored: Tensor  # [] int64, masked valid tokens
     mismatch: Mismatch | None = None  # None where the states come without the rollout's probabilities

@@ -10,7 +10,8 @@ from torch import Tensor
 from drift.contract import LossOutput, MaskedBatch
 from drift.distributed import highest_over_ranks, sum_over_ranks
 
-_COUNTS = ("num_kept", "num_scored")
+_COUNTS = ("num_kept", "num_scored", "share")
+_OF_TOKENS = ("kl", "entropy", "ratio", "clip_fraction")
 _MISMATCH = ("num_tokens", "kl", "weight", "num_capped")
 
 
@@ -26,8 +27,11 @@ def update_figures(
         weighted: whether tokens had importance weights.
 
     Returns:
-        `loss/*`, `update/noisy_states` and, where the rollout's probabilities are known, `mismatch/*`, which
-        are means over the tokens committed at the noisy states' own timesteps, but for `max_ratio`.
+        `loss/*`: `total`, `policy` and `commit` are values of the loss; `kl`, `entropy`, `ratio` and
+        `clip_fraction` means over its tokens (over its completions, where those are the actions), by the
+        weights that tokens have in it, whatever its normalisation.
+        `update/noisy_states`, and where the rollout's probabilities are known, `mismatch/*`, which are
+        means over the tokens committed at the noisy states' own timesteps, but for `max_ratio`.
     """
     one = torch.ones((), dtype=torch.float32, device=noisy.row.device)
     found = [output.mismatch for output in outputs if output.mismatch is not None]
@@ -40,6 +44,11 @@ def update_figures(
     rows = [torch.stack([0 * one, *(value.float() for value in many)]).sum() for many in values.values()]
     sums = dict(zip(values, sum_over_ranks(torch.stack(rows)), strict=True))
     figures = {name: sums[name] for name in values if name.startswith(("loss/", "update/"))}
+    # Of whole completions the ratios are in an output of their own, as means.
+    share = torch.where(sums["share"] > 0, sums["share"], 1.0)
+    for name in _OF_TOKENS if noisy.sequence is None else _OF_TOKENS[:2]:
+        if f"loss/{name}" in figures:
+            figures[f"loss/{name}"] = figures[f"loss/{name}"] / share
     figures["loss/kept_share"] = sums["num_kept"] / sums["num_scored"].clamp(min=1)
     if noisy.commit_logp is None:
         return figures

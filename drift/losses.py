@@ -119,6 +119,7 @@ def rldf_loss(
     return LossOutput(
         loss=loss,
         parts=parts,
+        share=share.sum(),
         num_kept=kept.sum(),
         num_scored=batch.scored.sum(),
         mismatch=measure_mismatch(proximal.logp, batch, config.importance_cap),

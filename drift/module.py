@@ -134,7 +134,7 @@ class RLDFModule(PolicyModule):
             object.__setattr__(self, "reference", self._sharded(reference))
 
     def on_fit_start(self) -> None:
-        """Moves what Lightning doesn't know to the policy's device."""
+        """Moves what Lightning doesn't know to the policy's device; sharded, checkpoints are read later."""
         if self.reference is not None:
             nn.Module.to(self.reference, self.device)
         self.learned = move_data_to_device(self.learned, self.device)
@@ -144,7 +144,8 @@ class RLDFModule(PolicyModule):
         super().on_save_checkpoint(checkpoint)
         if self.learned is None or self.global_step % self.num_updates == 0:
             return
-        rollout = {f.name: getattr(self.learned, f.name) for f in fields(self.learned)}
+        learned = move_data_to_device(self.learned, torch.device("cpu"))  # else ranks use each other's device
+        rollout = {f.name: getattr(learned, f.name) for f in fields(learned)}
         old = [whole(weights).cpu() for weights in self._old_weights]
         checkpoint[_ROLLOUT] = {"ranks": gather_over_ranks(rollout), "old": old}
 
@@ -153,7 +154,7 @@ class RLDFModule(PolicyModule):
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get(_ROLLOUT, {"ranks": []})
         if len(state["ranks"]) == world_size():
-            self.learned = Rollout(**state["ranks"][rank()])
+            self.learned = move_data_to_device(Rollout(**state["ranks"][rank()]), self.device)
             self._old_weights = state["old"]
 
     def needs_rollout(self, batch: PromptBatch) -> bool:

@@ -222,6 +222,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     Of sharded parameters it is that of all shards together.
     """
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:  # torch's norm of nothing is on the CPU, whatever ranks talk by
+        return torch.zeros((), device=parameters[0].device)
+    norm = nn.utils.get_total_norm(gradients)
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return whole(norm)

@@ -106,33 +106,27 @@ class PolicyModule(OptimizedModule):
     def setup(self, stage: str) -> None:
         """Checks precision, and that the tokenizer is the policy's, before its weights are loaded."""
         require_strategy(self.trainer.strategy)
-        if self.trainer.precision == "bf16-true" and self.lora is not None:
-            raise ConfigError(
-                "trainer.precision is 'bf16-true': it would round the adapters of model.lora, which are "
-                "float32; use 32-true or bf16-mixed, and model.dtype bfloat16 for the weights"
-            )
-        if stage == "fit":
-            trained = torch.float32 if self.lora is not None else self.weights_dtype
-            require_precise(self.optimizer_config, trained)
         if self.trainer.precision in ("16-mixed", "16-true"):
             raise ConfigError(
                 f"trainer.precision is {self.trainer.precision!r}: gradients would be clipped while they are "
                 "scaled; use bf16-mixed or 32-true"
             )
+        if self.trainer.precision == "bf16-true":
+            raise ConfigError(
+                "trainer.precision is 'bf16-true': it would round whatever is float32, as probabilities, "
+                "counts and adapters; set model.dtype to bfloat16, and trainer.precision to 32-true"
+            )
+        if stage == "fit":
+            trained = torch.float32 if self.lora is not None else self.policy_dtype
+            require_precise(self.optimizer_config, trained)
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if tokenizer is not None:
             require_matching_tokenizer(self.policy_config, tokenizer)
 
     @property
-    def weights_dtype(self) -> torch.dtype:
-        """What the policy's weights are in: the setting, unless the trainer casts whole models."""
-        attached = self._trainer is not None
-        return torch.bfloat16 if attached and self.trainer.precision == "bf16-true" else self.policy_dtype
-
-    @property
     def precision_settings(self) -> dict[str, str]:
         """What the policy computes in."""
-        return {"dtype": str(self.weights_dtype).removeprefix("torch."), "precision": self.trainer.precision}
+        return {"dtype": str(self.policy_dtype).removeprefix("torch."), "precision": self.trainer.precision}
 
     def configure_model(self) -> None:
         """Loads the policy, once."""
@@ -147,7 +141,7 @@ class PolicyModule(OptimizedModule):
 
     def _loaded(self, folder: Path, key: str) -> DiffusionLM:
         copy, fresh = self.device_mesh is None, self.random_init
-        return load_policy(folder, self.weights_dtype, random_init=fresh, copy=copy, key=key)
+        return load_policy(folder, self.policy_dtype, random_init=fresh, copy=copy, key=key)
 
     def _sharded(self, policy: DiffusionLM) -> DiffusionLM:
         """The policy, split over the ranks where the strategy does that."""

@@ -31,7 +31,7 @@ class SequenceOutput:
         """The values, for the sums over micro-batches, whose own losses have gradients and the value 0."""
         loss = self.parts["policy"]
         none = torch.zeros((), dtype=torch.int64, device=loss.device)
-        return LossOutput(loss=loss, parts=self.parts, num_kept=none, num_scored=none)
+        return LossOutput(loss=loss, parts=self.parts, share=none.float(), num_kept=none, num_scored=none)
 
 
 def sequence_coefficients(

@@ -65,9 +65,10 @@ class SFTModule(PolicyModule):
             )
         self._batch = batch
         noisy, share = mask_demonstrations(batch, self.policy.mask_token_id, self.seed)
-        logp = token_logprobs(self.policy, noisy).logp
+        # Passes through a sharded policy communicate: every rank makes one.
+        logp = token_logprobs(self.policy, noisy, one_pass=self.device_mesh is not None).logp
         loss = -(logp / share[:, None]).sum() / logp.numel()
-        self.log("loss/total", loss, prog_bar=True)
+        self.log("loss/total", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_gradient_clipping(self, optimizer: object, *_: object, **__: object) -> None:

@@ -43,13 +43,14 @@ from drift.distributed import (
 from drift.logprobs import token_logprobs
 from drift.losses import LossConfig
 from drift.masking import masked_batch
-from drift.micro_batches import micro_batches
+from drift.micro_batches import by_length, micro_batches
 from drift.models import LLaDA, LLaDAConfig, LoRAConfig, merged_state_dict
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig, build_optimizer, clip_gradients
 from drift.rewards.base import PerSampleReward
 from drift.rollout import DenoiseConfig, denoise
 from drift.samplers import CoupledElboSampler, FullSampler, WeightedSampler
+from drift.sft import SFTModule, mask_demonstrations
 from drift.strategy import ShardedStrategy
 from drift.tasks import SudokuTask
 
@@ -78,6 +79,18 @@ class RaggedTask(SudokuTask):
         problem = super().problem(row)
         problem.prompt = problem.prompt[: 4 + sum(map(ord, problem.prompt)) % 12]
         return problem
+
+
+class Losses(Callback):
+    """The loss of every step, and into how many groups of about the same length each rank's rows fall."""
+
+    def __init__(self):
+        self.values, self.groups = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.values.append(float(trainer.callback_metrics["loss/total"]))
+        states, _ = mask_demonstrations(batch, 1, 0)
+        self.groups.append(gather_over_ranks(len(by_length(states))))
 
 
 class Saver(Callback):
@@ -238,6 +251,31 @@ def train(
         "weights": {name: value.clone() for name, value in merged_state_dict(module.policy).items()},
         "probe": probe_.found,
     }
+
+
+def fine_tune(strategy="auto"):
+    """Losses and weights of fine-tuning on prompts of unlike lengths, which ranks split differently."""
+    seed_everything(0, verbose=False)
+    module = SFTModule("sudoku_base", OptimizerConfig(lr=1e-4))
+    data = PromptDataModule(RaggedTask(), prompts_per_step=8, demonstration_length=16)
+    recorder = Losses()
+    trainer = Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        devices=world_size(),
+        strategy=ShardedStrategy(timeout=TIMEOUT) if strategy == "fsdp" else strategy,
+        callbacks=[recorder],
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    with patch("drift.micro_batches._LEAST_POSITIONS", 1):
+        trainer.fit(module, data)
+    weights = {name: value.clone() for name, value in merged_state_dict(module.policy).items()}
+    return {"losses": recorder.values, "groups": recorder.groups, "weights": weights}
 
 
 def local_bytes(tensor):
@@ -414,7 +452,7 @@ def disagree_in_training(what):
 
 
 JOBS: dict[str, Any] = {
-    job.__name__: job for job in (train, own_pace, tied, masters, disagree, disagree_in_training)
+    job.__name__: job for job in (train, fine_tune, own_pace, tied, masters, disagree, disagree_in_training)
 }
 
 

@@ -5,10 +5,13 @@ from drift.contract import LossOutput, MaskedBatch, Mismatch
 from drift.figures import update_figures
 
 
-def output(loss: float, kl: float, kept: int, mismatch: Mismatch | None = None) -> LossOutput:
+def output(
+    loss: float, kl: float, kept: int, mismatch: Mismatch | None = None, share: float = 0.5
+) -> LossOutput:
     return LossOutput(
         loss=torch.tensor(loss, requires_grad=True),
         parts={"policy": torch.tensor(loss - kl), "kl": torch.tensor(kl), "ratio": torch.tensor(1.0)},
+        share=torch.tensor(share),
         num_kept=torch.tensor(kept),
         num_scored=torch.tensor(2 * kept),
         mismatch=mismatch,
@@ -44,7 +47,8 @@ def noisy(num: int, *, known: bool) -> MaskedBatch:
 
 
 def figures(outputs: list[LossOutput], *, known: bool = True, weighted: bool = True) -> dict[str, float]:
-    found = update_figures(outputs, noisy(5, known=known), ["policy", "kl"], weighted=weighted)
+    parts = ["policy", "kl", "ratio"]
+    found = update_figures(outputs, noisy(5, known=known), parts, weighted=weighted)
     assert not any(value.requires_grad for value in found.values())
     return {name: value.item() for name, value in found.items()}
 
@@ -62,6 +66,7 @@ def test_micro_batches_are_summed_and_divided_once():
             "loss/total": 0.75,
             "loss/policy": 0.6,
             "loss/kl": 0.15,
+            "loss/ratio": 2.0,
             "loss/kept_share": 0.5,
             "update/noisy_states": 5,
             "mismatch/kl": 0.2,

@@ -1,7 +1,7 @@
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -392,11 +392,8 @@ def test_train_groups_without_kl_leaves_out_what_has_no_advantage(train, spread_
     assert recorder.rows == [set(range(4, 12))]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_in_bf16_true_keeps_what_is_counted_in_float32(train, dtype: str):
-    module, recorder = train(
-        dtype=dtype, precision="bf16-true", loss=LossConfig(beta=0.1), micro_batch_size=7
-    )
+def test_bfloat16_weights_keep_what_is_counted_in_float32(train):
+    module, recorder = train(dtype="bfloat16", loss=LossConfig(beta=0.1), micro_batch_size=7)
     assert module.policy.dtype == torch.bfloat16
     rollout = recorder.batches[0].rollout
     assert rollout.token_probs.dtype == module.learned.advantages.dtype == torch.float32
@@ -404,11 +401,18 @@ def test_training_in_bf16_true_keeps_what_is_counted_in_float32(train, dtype: st
     assert any(value.abs().max() > 0 for value in recorder.gradients[0].values())
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "16-true"])
-def test_half_precision_is_refused(train, precision: str, monkeypatch):
+@pytest.mark.parametrize(
+    ("precision", "fix"),
+    [
+        ("16-mixed", "use bf16-mixed or 32-true"),
+        ("16-true", "use bf16-mixed or 32-true"),
+        ("bf16-true", "set model.dtype to bfloat16"),
+    ],
+)
+def test_half_precision_is_refused(train, precision: str, fix: str, monkeypatch):
     # On a CPU Lightning turns 16-mixed into bf16-mixed.
     monkeypatch.setattr(Trainer, "precision", precision)
-    with pytest.raises(ConfigError, match=rf"trainer.precision is '{precision}'.*use bf16-mixed or 32-true"):
+    with pytest.raises(ConfigError, match=rf"trainer.precision is '{precision}'.*{fix}"):
         train()
 
 
@@ -592,6 +596,14 @@ def test_the_mismatch_costs_no_pass_and_does_not_depend_on_micro_batches(train):
     assert 0 < found[0]["mismatch/capped_share"] < 1
 
 
+@pytest.mark.parametrize("normalisation", ["token", "sample", "trajectory"])
+def test_figures_of_tokens_are_means_whatever_the_loss_is_divided_by(train, normalisation: str):
+    loss = LossConfig(tau=None, normalisation=normalisation)
+    module, _ = train(sampler=FullSampler(), loss=loss, num_updates=2, micro_batch_size=7)
+    # Before the first step every token's ratio is 1, and so is their mean.
+    assert float(module.trainer.callback_metrics["loss/ratio"]) == pytest.approx(1.0, rel=1e-5)
+
+
 def test_noisy_states_that_the_policy_never_saw_have_no_mismatch_and_no_weights(train):
     watch = Mismatches()
     train(callbacks=(watch,), sampler=RandomMaskSampler(k=1))
@@ -617,6 +629,34 @@ def test_the_probabilities_of_the_rollout_outlive_refreshes_and_checkpoints(trai
         assert (saved[name] is None) == (decode is DECODE)
         assert saved[name] is None or torch.equal(saved[name], getattr(rollout, name))
     assert saved["block_length"] == decode.block_length
+
+
+def test_the_rollout_at_hand_follows_the_policy_to_its_device(train, monkeypatch):
+    def devices() -> set[str]:
+        tensors = [getattr(module.learned, field.name) for field in fields(module.learned)]
+        return {value.device.type for value in tensors if isinstance(value, Tensor)}
+
+    monkeypatch.setattr("drift.policy_module.PolicyModule.on_load_checkpoint", lambda *_: None)
+    module, _ = train(num_updates=2)
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    assert devices() == {"cpu"}
+    module.to("meta")
+    module.on_fit_start()
+    assert devices() == {"meta"}
+    # Where ranks share the weights, a checkpoint is read after that.
+    module.on_load_checkpoint(checkpoint)
+    assert devices() == {"meta"}
+
+
+def test_the_rollout_at_hand_leaves_its_device_before_ranks_exchange_it(train, monkeypatch):
+    module, _ = train(num_updates=2)
+    moved = []
+    monkeypatch.setattr("drift.module.move_data_to_device", lambda *what: moved.append(what) or what[0])
+    module.on_save_checkpoint({})
+    ((rollout, device),) = moved
+    assert rollout is module.learned
+    assert device.type == "cpu"
 
 
 def test_a_refresh_replaces_the_tensor_that_a_rollout_holds_twice(tiny_folder: Path):

@@ -148,6 +148,13 @@ def test_gradients_are_clipped_by_their_whole_norm(max_norm: float, left: float)
     assert math.hypot(*(p.grad.item() for p in parameters)) == pytest.approx(left, rel=1e-5)
 
 
+def test_the_norm_of_no_gradients_is_where_the_parameters_are():
+    # Ranks on GPUs compare their norms there, and cannot do so on the CPU.
+    norm = clip_gradients([torch.nn.Parameter(torch.zeros(2, device="meta"))], 1.0)
+    assert (norm.shape, norm.device.type) == ((), "meta")
+    assert clip_gradients([torch.nn.Parameter(torch.zeros(2))], 1.0).item() == 0
+
+
 def twins(lr: float, **settings) -> tuple[list[torch.nn.Module], list[torch.optim.AdamW]]:
     """A bfloat16 module with master weights, and one of the same numbers in float32."""
     torch.manual_seed(0)

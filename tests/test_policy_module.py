@@ -132,7 +132,7 @@ SETTINGS = {
     "master weights": {"lora": None, "dtype": "bfloat16", "optimizer": MASTERS},
     "master weights, three updates": {
         "lora": None,
-        "precision": "bf16-true",
+        "dtype": "bfloat16",
         "optimizer": MASTERS,
         "num_updates": 3,
     },
@@ -264,7 +264,6 @@ def test_a_missing_adapter_is_seen(train, tmp_path: Path):
             {"dtype": "bfloat16", "optimizer": MASTERS},
             r"model\.optimizer\.master_weights is True: .*adapters always",
         ),
-        ({"precision": "bf16-true"}, r"trainer\.precision is 'bf16-true': it would round the adapters"),
     ],
 )
 def test_settings_that_do_not_go_together_stop_before_weights_are_read(
@@ -284,7 +283,6 @@ def test_unknown_targets_are_refused_at_once(tiny_folder: Path):
     ("settings", "num_warnings"),
     [
         ({"lora": None, "dtype": "bfloat16", "optimizer": OptimizerConfig(lr=1e-5)}, 1),
-        ({"lora": None, "precision": "bf16-true", "optimizer": OptimizerConfig(lr=1e-5)}, 1),
         ({"lora": None, "dtype": "bfloat16", "optimizer": OptimizerConfig(lr=1e-4)}, 0),
         ({"lora": None, "dtype": "bfloat16", "optimizer": MASTERS}, 0),
         ({"dtype": "bfloat16", "optimizer": OptimizerConfig(lr=1e-5)}, 0),
@@ -309,13 +307,12 @@ def test_master_weights_learn_where_bfloat16_alone_rounds_updates_away(train):
     assert all(float((m - m.bfloat16()).abs().max()) > 1e-6 for m in masters)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "32-true"])
-def test_the_reference_has_the_dtype_of_the_policy(train, precision: str):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_reference_has_the_dtype_of_the_policy(train, dtype: str):
     _, module, _ = train(
-        1, lora=None, precision=precision, loss=LossConfig(beta=0.1), optimizer=OptimizerConfig(lr=1e-3)
+        1, lora=None, dtype=dtype, loss=LossConfig(beta=0.1), optimizer=OptimizerConfig(lr=1e-3)
     )
-    assert module.policy.dtype == module.reference.dtype == module.weights_dtype
-    assert (module.policy.dtype == torch.bfloat16) == (precision == "bf16-true")
+    assert module.policy.dtype == module.reference.dtype == getattr(torch, dtype)
 
 
 def test_recomputed_blocks_change_nothing(train):

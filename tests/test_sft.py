@@ -118,6 +118,27 @@ def test_training_lowers_the_loss(tiny_folder: Path, make_trainer):
     assert module.policy.training
 
 
+def test_a_step_of_several_batches_goes_on_after_the_last_of_them(tiny_folder: Path, make_trainer, tmp_path):
+    places: dict[str, list[int]] = {"whole": [], "parts": []}
+
+    def run(name: str, steps: int, ckpt_path: Path | None = None) -> Trainer:
+        class Places(Callback):
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                places[name].append(int(batch.positions[0]))
+
+        trainer = make_trainer(steps, callbacks=[Places()], accumulate_grad_batches=3)
+        data = PromptDataModule(SudokuTask(), prompts_per_step=4, demonstration_length=16)
+        trainer.fit(SFTModule(str(tiny_folder)), datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer
+
+    whole = run("whole", 4)
+    run("parts", 2).save_checkpoint(tmp_path / "two.ckpt")
+    parts = run("parts", 4, tmp_path / "two.ckpt")
+    assert places["parts"] == places["whole"] == list(range(0, 48, 4))
+    for ours, theirs in zip(parts.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_gradients_are_clipped_by_the_optimizers_setting(tiny_folder: Path, make_trainer):
     norms = []
 

@@ -72,6 +72,9 @@ def jobs(folder: Path) -> list[dict[str, object]]:
         add(f"{layout}: {name}", ranks, **SETTINGS[name], **how)
     for ranks in (2, 4):
         add(f"own pace {ranks}", ranks, "own_pace")
+    add("fine-tuned by 1", 1, "fine_tune")
+    for strategy in ("ddp", "fsdp"):
+        add(f"fine-tuned: {strategy}", 2, "fine_tune", strategy=strategy)
     add("tied", 2, "tied")
     add("mixed", 2, "tied", dtype="bfloat16")
     add("masters", 2, "masters")
@@ -172,6 +175,17 @@ def test_several_processes_do_what_one_does(result, layout: str, name: str):
         assert any(first < then for first, then in spreads)
     if "full" not in SETTINGS[name]:
         assert last["metrics"]["update/grad_norm"] > 0
+
+
+@pytest.mark.two_ranks
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_fine_tuning_on_unlike_lengths_does_what_one_process_does(result, strategy: str):
+    one, two = result("fine-tuned by 1"), result(f"fine-tuned: {strategy}")
+    # Passes of the groups one by one would be more on one rank than on the other.
+    assert any(len(set(groups)) > 1 for groups in two["groups"])
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], value, rtol=0, atol=1e-5, msg=name)
 
 
 EVALUATED = """

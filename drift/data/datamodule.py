@@ -211,7 +211,7 @@ class PromptDataModule(LightningDataModule):
             collate,
             self.prompts_per_step,
             share_of_rank(self.prompts_per_step, "data.prompts_per_step"),
-            start_step=self.trainer.global_step,
+            start_step=self.trainer.global_step * self.trainer.accumulate_grad_batches,
             num_updates=getattr(self.trainer.lightning_module, "num_updates", 1),
         )
         return DataLoader(stream, batch_size=None)

@@ -39,7 +39,7 @@ class Numbers:
     @classmethod
     def of_reference(cls, settings: PlanSettings) -> Numbers:
         """Those of the frozen reference."""
-        size = settings.reference_bytes
+        size = settings.weight_bytes
         if settings.sharded:
             size = min(size, settings.compute_bytes)
         return cls(

@@ -122,7 +122,7 @@ def plan_memory(settings: PlanSettings) -> MemoryPlan:
         gradients=gradients,
         gradient_buckets=gradients if settings.num_gpus > 1 and not settings.sharded else 0,
         optimizer=_state_bytes(settings) * num_trained,
-        reference=settings.reference_bytes * _held(reference, settings),
+        reference=settings.weight_bytes * _held(reference, settings),
         old_weights=gradients if settings.num_updates > 1 else 0,
         cast_update=0 if settings.activation_checkpointing else blocks,
         # Copies of frozen weights do not outlive the layer they are made for.
@@ -180,7 +180,7 @@ def _gathered(settings: PlanSettings) -> int:
         # Gradients are reduced in float32.
         total += FULL * policy.num_block_parameters
     if kept is not None:
-        total += min(settings.reference_bytes, settings.compute_bytes) * _outside(kept)
+        total += min(settings.weight_bytes, settings.compute_bytes) * _outside(kept)
     return total
 
 

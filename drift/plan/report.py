@@ -52,7 +52,7 @@ def _table(plan: MemoryPlan) -> Iterator[str]:
         ("gradients", (plan.gradients, plan.gradients, 0), trained),
         ("gradient buckets", _always(plan.gradient_buckets), "copies that the GPUs exchange"),
         ("optimizer", _always(plan.optimizer), _optimizer(settings)),
-        ("reference", _always(plan.reference), f"{_TYPES[settings.reference_bytes]}; model.loss.beta > 0"),
+        ("reference", _always(plan.reference), f"{_TYPES[settings.weight_bytes]}; model.loss.beta > 0"),
         ("old weights", _always(plan.old_weights), f"{trained}; model.num_updates > 1"),
         ("bfloat16 copies", (plan.cast_update, 0, plan.cast_rollout), "of float32 weights; bf16-mixed"),
         ("gathered weights", (plan.gathered_update, 0, plan.gathered_rollout), gathered),

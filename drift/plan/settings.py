@@ -25,7 +25,7 @@ class PlanSettings:
         beta: model.loss.beta; a reference exists only where it is > 0.
         entropy_coeff: model.loss.entropy_coeff; entropies are computed only where it is not 0.
         dtype: model.dtype, `float32` or `bfloat16`.
-        precision: trainer.precision: `32-true`, `bf16-mixed` or `bf16-true`.
+        precision: trainer.precision: `32-true` or `bf16-mixed`.
         master_weights: model.optimizer.master_weights.
         average: whether model.optimizer.ema_decay is > 0.
         activation_checkpointing: model.activation_checkpointing.
@@ -97,10 +97,10 @@ class PlanSettings:
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"model.dtype is {self.dtype!r}: choose one of ['float32', 'bfloat16']")
         object.__setattr__(self, "precision", _PRECISIONS.get(self.precision, self.precision))
-        if self.precision not in ("32-true", "bf16-mixed", "bf16-true"):
+        if self.precision not in ("32-true", "bf16-mixed"):
             raise ConfigError(
                 f"trainer.precision is {self.precision!r}: its memory is not planned; "
-                "choose one of ['32-true', 'bf16-mixed', 'bf16-true']"
+                "choose one of ['32-true', 'bf16-mixed']"
             )
         if self.master_weights and self.trained_bytes == 4:
             raise ConfigError(
@@ -160,12 +160,7 @@ class PlanSettings:
 
     @cached_property
     def weight_bytes(self) -> int:
-        """Bytes of one of the policy's weights."""
-        return 2 if self.dtype == "bfloat16" or self.precision == "bf16-true" else 4
-
-    @cached_property
-    def reference_bytes(self) -> int:
-        """Bytes of one of the reference's weights: it is no part of the module that the trainer converts."""
+        """Bytes of one of the weights of policy and reference."""
         return 2 if self.dtype == "bfloat16" else 4
 
     @cached_property
@@ -176,7 +171,7 @@ class PlanSettings:
     @cached_property
     def trained_bytes(self) -> int:
         """Bytes of one trained weight: adapters are float32 whatever the policy is."""
-        return self.weight_bytes if self.lora_rank is None or self.precision == "bf16-true" else 4
+        return self.weight_bytes if self.lora_rank is None else 4
 
     @cached_property
     def compute_bytes(self) -> int:
