@@ -15,7 +15,9 @@ from drift.storage import replacing
 class AgreedConfigCallback(SaveConfigCallback):
     """Writes `config.yaml` into the run's folder, once all ranks have shown that they hold the same.
 
-    It is written whole or not at all: by these settings the next start finds the run.
+    It is written whole or not at all: by these settings the next start of training finds the run. Other
+    commands that look at a run write `config.test.yaml` and so on. Without a logger training writes it to its
+    checkpoints, and the other commands nothing.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -24,10 +26,16 @@ class AgreedConfigCallback(SaveConfigCallback):
         # Files of the same content may lie elsewhere on each machine.
         settings.pop("config", None)
         require_agreement("the settings", settings)
-        folder = Path(trainer.log_dir or trainer.default_root_dir)  # all ranks must ask
-        if not trainer.is_global_zero or self.already_saved:
+        log_dir = trainer.log_dir  # all ranks must ask
+        own = any(logger.log_dir is not None for logger in trainer.loggers[:1])
+        if not trainer.is_global_zero or self.already_saved or not (own or stage == "fit"):
             return
+        folder = Path(log_dir if own and log_dir else self._checkpoints(trainer))
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / CONFIG) as new:
+        name = CONFIG if stage == "fit" else f"config.{stage}.yaml"
+        with replacing(folder / name) as new:
             self.parser.save(self.config, str(new), skip_none=False, overwrite=True, multifile=False)
         self.already_saved = True
+
+    def _checkpoints(self, trainer: Trainer) -> str:
+        return self.config.get("checkpoint.dirpath") or f"{trainer.default_root_dir}/checkpoints"

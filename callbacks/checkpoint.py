@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from drift.callbacks.collapse import stopped_for_good
 from drift.checkpoints import CheckedCheckpointIO
 from drift.contract import ConfigError, StorageError
 from drift.distributed import (
@@ -143,7 +144,7 @@ class CheckpointCallback(ModelCheckpoint):
             "random": gather_over_ranks(self._random or random_state(pl_module.device)),
             "validated_step": self._validated_step,
             "validating": trainer.validating,
-            "stopped_early": trainer.should_stop,
+            "stopped_early": stopped_for_good(trainer),
         }
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,7 +240,7 @@ class CheckpointCallback(ModelCheckpoint):
     def _write_last(self, trainer: Trainer) -> None:
         assert self.dirpath is not None
         path = Path(self.dirpath) / LAST
-        if self._saved_step == trainer.global_step:
+        if self._saved_step == trainer.global_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # Named before it is written: the checkpoint itself holds this callback's state.
         self.last_model_path = str(path)

@@ -6,7 +6,7 @@ from collections import deque
 from typing import Any, Literal, get_args
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from drift.contract import ConfigError, TrainingStopped
@@ -203,6 +203,20 @@ def require_not_stopped(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, CollapseCallback) and callback.stopped and trainer.is_global_zero:
             raise TrainingStopped(callback.stopped)
+
+
+def stopped_for_good(trainer: Trainer) -> bool:
+    """Whether training is to stop for a reason that is none of a later start's: of early stopping.
+
+    That start may have more time (trainer.max_time), and it is asked about collapse by its own settings.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        remaining = callback.time_remaining() if isinstance(callback, Timer) else None
+        if remaining is not None and remaining <= 0:
+            return False
+        if isinstance(callback, CollapseCallback) and callback.stopped is not None:
+            return False
+    return trainer.should_stop
 
 
 def _way_back(trainer: Trainer) -> str:

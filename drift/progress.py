@@ -19,8 +19,6 @@ def rewind_loops(trainer: Trainer, checkpoint: dict[str, Any], *, validated: boo
         checkpoint: as read; its loops are changed in place.
         validated: whether the validation that is due after the last step is over; else it is done again.
     """
-    if trainer.limit_train_batches != 1.0:
-        return  # the stream of prompts is cut into epochs, and their counts differ
     loops = checkpoint["loops"]["fit_loop"]
     batches = checkpoint["global_step"] * trainer.accumulate_grad_batches
     _set(loops["epoch_loop.batch_progress"], _counts(batches))

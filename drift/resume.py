@@ -24,14 +24,16 @@ LAST, BEST, PREVIOUS, RESCUE = "last.ckpt", "best.ckpt", "previous.ckpt", "rescu
 RESUME_HELP = (
     "auto: go on from the newest whole checkpoint of this run, in its folder and logs, and start anew where "
     "there is none. The run is the newest version in the logger's folder with the same settings, apart from "
-    "max_steps, devices, nodes, what saves memory and what is only shown; or the folder that "
+    "max_steps, devices, nodes, what saves memory, what watches and what is only shown; or the folder that "
     "checkpoint.dirpath or the logger's version names. A run that is complete stays as it is"
 )
 # What may differ between two starts of one run: how far and on what it runs, and what changes no number.
 _MAY_DIFFER = re.compile(
-    r"resume|ckpt_path|weights_only|progress\..*|summary\..*"
+    r"resume|ckpt_path|weights_only|verbose|(progress|summary|samples|prompt|curve)\..*"
+    r"|(doctor|collapse|watchdog)\..*"
     r"|trainer\.(max_steps|max_time|accelerator|devices|num_nodes|strategy|enable_\w+)(\..*)?"
-    r"|trainer\.logger\..*|checkpoint\.every|model\.(gather_for_rollout|activation_checkpointing)"
+    r"|trainer\.(logger\..*|log_every_n_steps)|checkpoint\.every|rollout\.batch_size"
+    r"|model\.(gather_for_rollout|activation_checkpointing|micro_batch_size|micro_batch_tokens)"
 )
 
 
@@ -148,6 +150,8 @@ def find_run(trainer: Trainer, dirpath: str | None, settings: Mapping[str, Any] 
         the run; None where there is none, and the loggers will start a new folder.
     """
     logger = next(iter(trainer.loggers), None)
+    if logger is None and dirpath is None:
+        return _unlogged_run(Path(trainer.default_root_dir), settings)
     if logger is None or getattr(logger, "_version", "") is not None:
         # The folder is given by name: it is the run's.
         folder = Path(trainer.default_root_dir if logger is None else _log_dir(logger))
@@ -167,6 +171,20 @@ def find_run(trainer: Trainer, dirpath: str | None, settings: Mapping[str, Any] 
             logger._version = number  # pyright: ignore[reportAttributeAccessIssue]
             return Run(folder, checkpoints)
     return Run(root, Path(dirpath)) if dirpath is not None else None
+
+
+def _unlogged_run(folder: Path, settings: Mapping[str, Any] | None) -> Run | None:
+    """The run whose checkpoints are in the working folder, where there is no logger to give it its own."""
+    run = Run(folder, folder / "checkpoints")
+    if not run.checkpoints.exists():
+        return None
+    changed = [] if settings is None else differences(run.checkpoints / CONFIG, settings)
+    if changed:
+        raise ConfigError(
+            f"resume is 'auto': {run.checkpoints} is of another run: it differs in {', '.join(changed[:5])}; "
+            "set checkpoint.dirpath to a folder of this run's own, or give it a logger"
+        )
+    return run
 
 
 def differences(config: Path, settings: Mapping[str, Any]) -> list[str]:

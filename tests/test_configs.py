@@ -43,7 +43,7 @@ TASKS = {
         "llada_math",
         {
             "train": "DigitalLearningGmbH/MATH-lighteval",
-            "validation": "HuggingFaceH4/MATH-500",
+            "validation": "DigitalLearningGmbH/MATH-lighteval",
             "test": "HuggingFaceH4/MATH-500",
         },
     ),
@@ -274,14 +274,16 @@ def tiny_run(golden: Path, shared: Path, tmp_path: Path, monkeypatch: pytest.Mon
         train, test = {"math": ("MATH_train", "MATH500"), "code": ("MBPP_train", "HumanEval")}[task]
         for file in {train, test, "MBPP"}:
             rows = json.loads((shared / "data" / f"{file}.json").read_text())
-            (tmp_path / f"{file}.json").write_text(json.dumps(rows[:12]))
+            # Of the training file of mathematics the last 128 are for validation.
+            num = 140 if file == "MATH_train" else 12
+            (tmp_path / f"{file}.json").write_text(json.dumps(rows[:num]))
         # One token a character: longer prompts are dropped, as the recipe says.
         longest = {"math": 190, "code": 700}[task]
         return [
             f"--config={name}",
             f"--model.policy={policy}",
             f"--data.train.path={tmp_path / train}.json",
-            f"--data.validation.path={tmp_path / (test if task == 'math' else 'MBPP')}.json",
+            f"--data.validation.path={tmp_path / (train if task == 'math' else 'MBPP')}.json",
             f"--data.test.path={tmp_path / test}.json",
             "--data.validation.limit=4",
             "--data.test.limit=4",

@@ -99,9 +99,10 @@ def test_quickstart_commands_run_in_their_order(playground, capsys):
 
 
 def test_commands_for_large_policies_run_on_a_tiny_one(playground, capsys):
-    for name, step in (("MATH_train.json", 1), ("MATH500.json", 2)):
+    # The last 128 rows of the training file are for validation.
+    for name, step, num in (("MATH_train.json", 1, 132), ("MATH500.json", 2, 4)):
         rows = [
-            {"question": f"What is {i} + {step}?", "ground_truth_answer": str(i + step)} for i in range(4)
+            {"question": f"What is {i} + {step}?", "ground_truth_answer": str(i + step)} for i in range(num)
         ]
         (playground / name).write_text(json.dumps(rows), encoding="utf-8")
     config = LLaDAConfig(
@@ -118,7 +119,7 @@ def test_commands_for_large_policies_run_on_a_tiny_one(playground, capsys):
     character_tokenizer().save_pretrained(playground / "FOLDER")
     small = {
         "fit": "--rollout.completion_length 32 --data.prompts_per_step 2 --model.train_groups 1 "
-        "--trainer.max_steps 1 --trainer.val_check_interval 1"
+        "--trainer.max_steps 1 --trainer.val_check_interval 1 --trainer.limit_val_batches 1"
     }
     ran = [line for line in commands() if line.startswith("drift") and BIG.search(line)]
     assert [line.split()[1] for line in ran] == ["doctor", "plan", "fit", "export"]

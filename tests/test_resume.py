@@ -33,7 +33,7 @@ def settings(**changes: object) -> dict:
         *path, name = key.split("__")
         place = found
         for part in path:
-            place = place[part]
+            place = place.setdefault(part, {})
         place[name] = value
     return found
 
@@ -78,6 +78,41 @@ def test_the_same_command_finds_its_run_and_no_other(trainer, tmp_path: Path):
     at = trainer()
     assert starting_checkpoint(at, settings(model__optimizer__lr=0.3)) is None
     assert [logger.version for logger in at.loggers] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.micro_batch_size",
+        "model.micro_batch_tokens",
+        "rollout.batch_size",
+        "samples.every",
+        "prompt.max_characters",
+        "curve.enabled",
+        "doctor.enabled",
+        "collapse.no_spread",
+        "watchdog.timeout_seconds",
+        "trainer.log_every_n_steps",
+        "verbose",
+    ],
+)
+def test_what_saves_memory_watches_or_is_only_shown_makes_no_other_run(trainer, tmp_path: Path, setting: str):
+    mine = earlier(tmp_path, 0, settings())
+    found = starting_checkpoint(trainer(), settings(**{setting.replace(".", "__"): 7}))
+    assert found == str(mine / "checkpoints" / "last.ckpt")
+
+
+def test_without_a_logger_the_checkpoints_say_whose_they_are(tmp_path: Path):
+    at = SimpleNamespace(loggers=[], default_root_dir=str(tmp_path))
+    assert starting_checkpoint(at, settings()) is None
+    last = write(tmp_path / "checkpoints" / "last.ckpt", 3, 0)
+    (last.parent / "config.yaml").write_text(yaml.safe_dump(settings()))
+    assert starting_checkpoint(at, settings()) == str(last)
+    assert starting_checkpoint(at, settings(resume=None, ckpt_path="last")) == str(last)
+    with pytest.raises(
+        ConfigError, match=r"is of another run: it differs in model\.optimizer\.lr; set check"
+    ):
+        starting_checkpoint(at, settings(model__optimizer__lr=0.2))
 
 
 def test_the_newest_of_several_runs_is_gone_on_with(trainer, tmp_path: Path):

@@ -22,6 +22,7 @@ from drift.data.benchmarks import (
     load_sources,
     procedural,
 )
+from drift.data.endless import require_endless
 from drift.data.guard import ContaminationGuard
 from drift.data.refill import RefillPrompts, require_groups
 from drift.data.sources import Source, load_rows
@@ -168,13 +169,8 @@ class PromptDataModule(LightningDataModule):
         )
         if stage == "fit":
             require_groups(getattr(module, "train_groups", None), self.prompts_per_step)
-        if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 0:
-            raise ConfigError("trainer.max_steps is -1: the stream of prompts never ends; set the steps")
-        if stage == "fit" and self.trainer is not None and self.trainer.val_check_interval == 0:
-            raise ConfigError(
-                "trainer.val_check_interval is 0: set it to 1 or more steps; "
-                "trainer.limit_val_batches 0 leaves validation out"
-            )
+            if self.trainer is not None:
+                require_endless(self.trainer)
         split = "validation" if stage in ("fit", "validate") else "test"
         loaded = load_sources(split, self.evaluation_sources[split], needed=stage != "fit")
         drop = self.long_prompts == "drop"

@@ -91,15 +91,26 @@ class ContaminationGuard:
         self._stream_hits: set[int] = set()
 
     def compare_with(self, sets: Sequence[EvaluationRows]) -> None:
-        """Takes the evaluation sets that training rows are to be compared with, instead of earlier ones."""
+        """Takes the evaluation sets that training rows are to be compared with, instead of earlier ones.
+
+        Warns where validation has prompts of a test.
+        """
         self._sets = [found for found in sets if len(found[1])]
-        self._indices = [
-            PromptIndex(
-                [_fingerprint(row, task, f"{where} row {number}") for number, row in enumerate(rows)],
-                self.threshold,
-            )
+        prompts = [
+            [_fingerprint(row, task, f"{where} row {number}") for number, row in enumerate(rows)]
             for where, rows, task in self._sets
         ]
+        self._indices = [PromptIndex(found, self.threshold) for found in prompts]
+        for (where, _, _), found in zip(self._sets, prompts, strict=True):
+            for (other, _, _), index in zip(self._sets, self._indices, strict=True):
+                if not where.startswith("data.validation") or not other.startswith("data.test"):
+                    continue
+                num = sum(1 for prompt in found if index.matches(prompt))
+                if num:
+                    rank_zero_warn(
+                        f"{num} of {len(found)} prompts of {where} are in {other}: a checkpoint that "
+                        "validation chooses is chosen by them; validate on rows of the training data"
+                    )
 
     def hold_out(self, task: ProceduralTask) -> None:
         """Keeps the puzzles of the sets from being made for training, where they are of the same task.

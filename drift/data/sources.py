@@ -54,6 +54,11 @@ def load_rows(source: Source, task: Task, key: str) -> datasets.Dataset | datase
         ConfigError: there is no such file or dataset, it is empty or cannot be read, or a row does not suit
             the task.
     """
+    if source.streaming and "[" in source.split:
+        raise ConfigError(
+            f"{key}.split is {source.split!r} and {key}.streaming is true: a stream cannot be cut; give the "
+            "split without [...], and other rows to validation"
+        )
     if source.limit is not None and source.limit < 1:
         raise ConfigError(f"{key}.limit={source.limit} must be at least 1, or null for all rows")
     file = _local_file(source, key)

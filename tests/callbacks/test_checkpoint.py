@@ -1,10 +1,12 @@
 import errno
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from lightning import Callback
+from lightning.pytorch.callbacks import Timer
 
 from drift.callbacks import CheckpointCallback, RolloutCallback
 from drift.contract import ConfigError, StorageError
@@ -32,11 +34,14 @@ class Accuracies(Callback):
 
 @pytest.fixture
 def train(tiny_folder: Path, spread_task, make_trainer):
-    def run(steps: int, accuracies: Accuracies, checkpoint: CheckpointCallback, **settings):
+    def run(
+        steps: int, accuracies: Accuracies, checkpoint: CheckpointCallback, more=(), trial=False, **settings
+    ):
         rollout = RolloutCallback(group_size=2, completion_length=16, decode=DECODE, evaluation=DECODE)
         trainer = make_trainer(
             steps,
-            callbacks=[rollout, accuracies, checkpoint],
+            callbacks=[rollout, accuracies, *more, checkpoint],
+            fast_dev_run=trial,
             enable_checkpointing=True,
             limit_val_batches=1.0,
             val_check_interval=2,
@@ -101,6 +106,32 @@ def test_a_resumed_run_remembers_its_best(train, tmp_path: Path):
     assert float(checkpoint.best_model_score) == pytest.approx(0.9)
     assert load(tmp_path / "kept" / "best.ckpt")["global_step"] == 2
     assert load(tmp_path / "kept" / "last.ckpt")["global_step"] == 4
+
+
+def test_whose_time_was_up_goes_on_with_more_of_it(train, tmp_path: Path):
+    class Slow(Timer):
+        """Every step takes an hour."""
+
+        def on_train_batch_end(self, trainer, *args, **kwargs):
+            self._offset += 3600
+            super().on_train_batch_end(trainer, *args, **kwargs)
+
+    def run(hours: int, **settings):
+        checkpoint = CheckpointCallback(monitor="val/score", dirpath=str(tmp_path))
+        checkpoint.continue_run([])
+        timer = Slow(timedelta(hours=hours))
+        return train(6, Accuracies(0.1, 0.2, 0.3), checkpoint, more=(timer,), **settings).global_step
+
+    assert run(2) == 2
+    last = tmp_path / "last.ckpt"
+    assert run(2, ckpt_path=last) == 2
+    assert run(5, ckpt_path=last) == 5
+
+
+def test_a_trial_run_writes_no_checkpoint(train, tmp_path: Path):
+    checkpoint = CheckpointCallback(monitor="val/score", dirpath=str(tmp_path / "kept"))
+    train(2, Accuracies(0.2), checkpoint, trial=True)
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_settings_out_of_range():

@@ -217,7 +217,10 @@ def test_a_stop_leaves_a_checkpoint_and_names_the_best(train, tmp_path: Path):
     assert str(tmp_path) in collapse.stopped
     assert collapse.stopped.endswith("best.ckpt (val/accuracy 0.000)")
     last = tmp_path / "checkpoints" / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == 3
+    saved = torch.load(last, weights_only=True)
+    assert saved["global_step"] == 3
+    # Unlike early stopping, which a later start has nothing to add to.
+    assert not saved["drift_run"]["stopped_early"]
 
     # What restarts by itself must not train on; whoever changes the setting may.
     with pytest.raises(ConfigError, match=r"was stopped: step 3: .*set collapse\.no_spread to warn"):

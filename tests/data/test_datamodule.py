@@ -51,6 +51,8 @@ class Trainer:
         self.global_step = global_step
         self.max_steps = max_steps
         self.val_check_interval = 1
+        self.limit_train_batches = 1.0
+        self.accumulate_grad_batches = 1
         self.lightning_module = type("Module", (), {"num_updates": num_updates})()
         self.log_dir = None
         self.default_root_dir = "/dev/null"  # nothing may be written
@@ -272,6 +274,16 @@ def test_system_prompt_reaches_the_policy(tiny_folder: Path, write):
 def test_max_steps_of_minus_1_is_an_error(tiny_folder: Path, make_trainer):
     with pytest.raises(ConfigError, match=r"trainer\.max_steps is -1: .*set the "):
         make_trainer(-1).fit(RLDFModule(str(tiny_folder)), datamodule=PromptDataModule(SudokuTask()))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"limit_train_batches": 2}, {"limit_train_batches": 1}, {"overfit_batches": 1}]
+)
+def test_a_stream_that_is_cut_would_begin_anew(tiny_folder: Path, make_trainer, settings: dict):
+    with pytest.raises(ConfigError, match=r"limit_train_batches is \d: .*set trainer\.max_steps"):
+        make_trainer(4, **settings).fit(
+            RLDFModule(str(tiny_folder)), datamodule=PromptDataModule(SudokuTask())
+        )
 
 
 def test_without_policy_the_tokenizer_must_be_set():

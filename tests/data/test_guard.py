@@ -33,6 +33,8 @@ class Trainer:
 
     max_steps = 100
     val_check_interval = 1
+    limit_train_batches = 1.0
+    accumulate_grad_batches = 1
     global_step = 0
     lightning_module = type("Module", (), {"num_updates": 1})()
 
@@ -75,6 +77,16 @@ def listed(tmp_path: Path) -> list[dict]:
 def trained_on(prompts: PromptDataModule, num: int) -> list[str]:
     stream = islice(prompts.train_dataloader(), num)
     return [problem.row["question"] for batch in stream for problem in batch.problems]
+
+
+def test_validation_on_test_rows_is_warned_of(prompts, write):
+    train, test = write("train", ["other"]), write("test", ["one", "two", "three"])
+    validation = write("validation", ["one", "four", "two"])
+    with pytest.warns(UserWarning, match=r"^2 of 3 prompts of data\.validation .* are in data\.test "):
+        prompts(train=train, validation=validation, test=test).setup("fit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prompts(train=train, validation=write("apart", ["four"]), test=test).setup("fit")
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
