@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from drift.callbacks.collapse import stopped_for_good
+from drift.callbacks.monitor import require_logged
 from drift.checkpoints import CheckedCheckpointIO
 from drift.contract import ConfigError, StorageError
 from drift.distributed import (
@@ -104,6 +105,7 @@ class CheckpointCallback(ModelCheckpoint):
         if stage != "fit":
             return
         assert self.dirpath is not None
+        require_logged(self.monitor or "", trainer)
         if trainer.is_global_zero:
             for path in leftovers(Path(self.dirpath)):
                 rank_zero_warn(f"{path} was never finished: it is removed")

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -45,17 +46,34 @@ def expanded(arguments: Sequence[str]) -> Iterator[str]:
             key = ""
 
 
+def class_path(key: str, value: str) -> str | None:
+    """The whole path of a class of drift's, which a config file must give; None where there is none.
+
+    Args:
+        key: the setting that takes it.
+        value: its short name.
+    """
+    module, suffix = _SHORT_NAMES.get(key.rpartition(".")[2], (None, ""))
+    if module is None or value.removesuffix(suffix) not in _short_names(module, suffix):
+        return None
+    return f"{module.__name__}.{value.removesuffix(suffix)}{suffix}"
+
+
+def _short_names(module: ModuleType, suffix: str) -> list[str]:
+    return [
+        name.removesuffix(suffix)
+        for name in module.__all__
+        if name.endswith(suffix) and not inspect.isabstract(getattr(module, name))
+    ]
+
+
 def _full_value(key: str, value: str) -> str:
     if key in ("--config", "-c"):
         return _config_file(value)
     module, suffix = _SHORT_NAMES.get(key.rpartition(".")[2], (None, ""))
     if module is None or not value.isidentifier() or value == "null":
         return value  # a path or a file of the user's own
-    names = [
-        name.removesuffix(suffix)
-        for name in module.__all__
-        if name.endswith(suffix) and not inspect.isabstract(getattr(module, name))
-    ]
+    names = _short_names(module, suffix)
     if value.removesuffix(suffix) not in names:
         raise ConfigError(
             f"{key} is {value!r}: there is no such class{nearest(value, names)}; give one of "
@@ -71,10 +89,15 @@ class _OnceLoader(yaml.SafeLoader):
         """The mapping of a node.
 
         Raises:
-            yaml.constructor.ConstructorError: it has a key twice.
+            yaml.constructor.ConstructorError: it has a key twice, or one that is no name.
         """
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                place = f"line {key_node.start_mark.line + 1}"
+                raise yaml.constructor.ConstructorError(
+                    problem=f"a name cannot be in brackets, {place}; put text with {{{{ }}}} in quotes"
+                )
             key = key_node.value
             if key in seen and key != "<<":
                 place = f"line {key_node.start_mark.line + 1}"
@@ -88,7 +111,7 @@ class _OnceLoader(yaml.SafeLoader):
 def _require_settings(file: Path) -> None:
     try:
         found = yaml.load(file.read_text(encoding="utf-8"), Loader=_OnceLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, or a date that is none
         reason = " ".join(str(error).split())
         raise ConfigError(f"--config is {str(file)!r}: it is no YAML: {reason}; correct it") from error
     if not isinstance(found, dict):

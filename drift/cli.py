@@ -15,7 +15,7 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from drift.arguments import expanded, shipped_configs
+from drift.arguments import class_path, expanded, shipped_configs
 from drift.callbacks import (
     AnswerCallback,
     CheckpointCallback,
@@ -87,7 +87,11 @@ class DriftParser(LightningArgumentParser):
             super().error(message, ex)
         parser: Any = getattr(ex, "subcommand_parser", None) or self
         keys = [action.dest for action in parser._actions if action.dest != "help"]
-        sys.exit(f"drift: error: {explain(message, keys)}")
+        # `drift sft` is a `fit` of another module.
+        command = re.match(r"drift (\w+)", parser.usage or "")
+        if command is not None:
+            message = message.replace("Subcommand 'fit'", f"Subcommand {command[1]!r}")
+        sys.exit(f"drift: error: {explain(message, keys, class_path)}")
 
 
 class DriftCLI(LightningCLI):
@@ -102,11 +106,17 @@ class DriftCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments given; sys.argv stays as it is for the ranks that are launched from it."""
         self.config = parser.parse_args(args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and not 0 <= (seed or 0) < 2**32:
+            raise ConfigError(f"seed_everything is {seed}: set it to 0 or more, below 2**32")
 
     def instantiate_classes(self) -> None:
         """Makes the objects; what they refuse is reported under the whole name of the setting."""
         settings = self.config[self.config.subcommand]
         require_checkpoint(settings.get("ckpt_path"), settings.resume, self.config.subcommand)
+        if not settings.trainer.get("enable_progress_bar", True):
+            settings.progress.refresh_rate = 0
+            settings.trainer.enable_progress_bar = None
         try:
             super().instantiate_classes()
             self._find_checkpoint(settings)
@@ -144,6 +154,12 @@ class DriftCLI(LightningCLI):
 
     def _require_places(self, settings: Any) -> None:
         """Refuses what cannot be written to before there is anything to write."""
+        root = settings.trainer.default_root_dir
+        if root is not None and self.trainer.loggers:
+            raise ConfigError(
+                f"trainer.default_root_dir is {str(root)!r}: runs go to the logger's folder; set "
+                "trainer.logger.init_args.save_dir to it"
+            )
         folders = [("trainer.logger.save_dir", logger.save_dir) for logger in self.trainer.loggers]
         if self.config.subcommand == "fit":
             folders.append(("checkpoint.dirpath", settings.checkpoint.dirpath))

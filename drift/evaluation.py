@@ -177,6 +177,20 @@ class Tally:
         return found
 
 
+# What every cell has, and so every validation.
+FIGURES = (
+    "num",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "reward",
+    "timesteps",
+    "tokens_per_forward",
+    "unfinished",
+    "seconds",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class CellResult:
     """All answers of a cell, in order of prompt and sample, and what they come to."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -45,12 +45,13 @@ def nearest(key: str, keys: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def explain(message: str, keys: Sequence[str]) -> str:
+def explain(message: str, keys: Sequence[str], class_path: Callable[[str, str], str | None]) -> str:
     """The parser's message in one line.
 
     Args:
         message: what jsonargparse says.
         keys: the keys that the command knows.
+        class_path: of a key and a class's short name, which files don't take, gives the whole path.
     """
     places = _PLACE.findall(message)
     option, classes = _OPTION.search(message), _CLASS.findall(message)
@@ -71,13 +72,20 @@ def explain(message: str, keys: Sequence[str]) -> str:
     inner = _PLACE.split(message)[-1]
     missing = _NO_CLASS.search(inner)
     if missing and "Subtypes:" not in inner:
+        whole = class_path(places[-1], missing[1])
+        if whole:
+            return f"{'.'.join(places)} is {missing[1]!r}: in a config file give the whole path, {whole}"
         reason = "there is no such class; give the name of one of drift's, or the path of your own"
         return f"{'.'.join(places)} is {missing[1]!r}: {reason}"
     value = _VALUE.search(inner)
     shown = ""
     if value is not None:
         nested = _NESTED.fullmatch(value[1])
-        shown = f" is {nested[1] if nested else value[1]}"
+        given = nested[1] if nested else value[1]
+        shown = f" is {given}"
+        whole = class_path(places[-1], given)
+        if whole:
+            return f"{'.'.join(places)}{shown}: in a config file give the whole path, {whole}"
         inner = inner[: value.end()]
     return f"{'.'.join(places)}{shown}: {_reason(inner)}"
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from drift.contract import ConfigError
+
 _GOLDEN_RATIO = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -64,8 +66,16 @@ def draw_keys(
 
 
 def run_seed(seed: int | None) -> int:
-    """A seed, or where it is None that of Lightning's `seed_everything` (0 where that was not called)."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0")) if seed is None else seed
+    """A seed, or where it is None that of Lightning's `seed_everything` (0 where that was not called).
+
+    Raises:
+        ConfigError: where it does not fit into 64 bits.
+    """
+    if seed is None:
+        return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+    if not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"seed is {seed}: set it to a number of 64 bits, such as 0")
+    return seed
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

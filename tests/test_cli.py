@@ -9,6 +9,7 @@ import datasets
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 
 import drift.cli
 import drift.commands
@@ -299,6 +300,19 @@ def test_a_value_of_the_wrong_type_names_the_key(error):
             ["data.system_prompt is 'Be brief.'", "takes no system turn", "unset it"],
         ),
         (["--prompt.max_characters=-1"], ["prompt.max_characters is -1", "set it to 0"]),
+        (["--seed_everything=99999999999"], ["seed_everything is 99999999999", "below 2**32"]),
+        (["--rollout.seed=99999999999999999999"], ["rollout.seed: seed is 9999", "a number of 64 bits"]),
+        (
+            ["--checkpoint.monitor=val/acc"],
+            ["checkpoint.monitor is 'val/acc'", "did you mean 'val/accuracy'?", "val/timesteps"],
+        ),
+        (["--checkpoint.monitor=reward"], ["checkpoint.monitor is 'reward'", "val/reward"]),
+        (
+            ["--trainer.logger=true", "--trainer.default_root_dir=here"],
+            ["trainer.default_root_dir is 'here'", "set trainer.logger.init_args.save_dir"],
+        ),
+        (["--trainer.limit_train_batches=3"], ["limit_train_batches is 3", "set trainer.max_steps"]),
+        (["--trainer.precision=bf16-true"], ["precision is 'bf16-true'", "set model.dtype to bfloat16"]),
     ],
 )
 def test_bad_settings_name_key_value_and_fix(tiny: list[str], error, arguments: list[str], parts: list[str]):
@@ -306,6 +320,36 @@ def test_bad_settings_name_key_value_and_fix(tiny: list[str], error, arguments: 
     assert message.startswith("drift: error: ")
     assert all(part in message for part in parts), message
     assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("data: {task: Sudoku}", ["data.task is 'Sudoku'", "give the whole path, drift.tasks.SudokuTask"]),
+        ("model: {sampler: Full}", ["model.sampler is Full", "the whole path, drift.samplers.FullSampler"]),
+        ("data: {chat_template: {{ x }}}", ["line 1", "put text with {{ }} in quotes"]),
+        ("2024-13-45: 3", ["it is no YAML", "month must be in 1..12"]),
+    ],
+)
+def test_a_config_file_that_cannot_be_read_says_how_to_write_it(
+    tiny: list[str], error, tmp_path: Path, text: str, parts: list[str]
+):
+    (tmp_path / "mine.yaml").write_text(text)
+    message = error("fit", *tiny, f"--config={tmp_path / 'mine.yaml'}")
+    assert all(part in message for part in parts), message
+    assert len(message.splitlines()) == 1
+
+
+def test_the_message_names_the_command_that_was_given(error):
+    assert error("sft", "--config=quickstart").startswith("drift: error: Subcommand 'sft' does not accept")
+
+
+def test_without_a_progress_bar_all_else_is_the_same(tiny: list[str], capsys: pytest.CaptureFixture[str]):
+    rest = [argument for argument in tiny if "refresh_rate" not in argument]
+    run(["fit", *rest, "--trainer.enable_progress_bar=false"])
+    shown = capsys.readouterr()
+    assert "--- summary ---" in shown.out
+    assert "it/s" not in shown.out + shown.err
 
 
 def corrupt(folder: Path) -> None:
@@ -462,6 +506,8 @@ def test_as_many_devices_as_processes_are_asked_for(tiny: list[str], error, monk
     ranks = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
     for name, value in {**ranks, "TORCHELASTIC_RUN_ID": "none"}.items():
         monkeypatch.setenv(name, value)
+    # Lightning sets it to this rank, 1, for good: later tests would see nothing of what rank 0 says.
+    monkeypatch.setattr(rank_zero_only, "rank", 0, raising=False)
     message = error("fit", *tiny, f"--config=strategy/{strategy}")
     assert message.startswith("drift: error: trainer: You set `devices=1` and `num_nodes=1`")
     assert "does not match the world size (2)" in message

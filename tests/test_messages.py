@@ -5,6 +5,10 @@ from drift.messages import explain, nearest
 KEYS = ["model.sampler", "model.loss.tau", "trainer.max_steps", "rollout.group_size"]
 
 
+def no_class(key: str, value: str) -> None:
+    """Nothing is the short name of a class."""
+
+
 def test_an_argument_that_a_class_does_not_have():
     message = """Parser key "model.sampler":
       Does not validate against any of the Union subtypes
@@ -14,7 +18,7 @@ def test_an_argument_that_a_class_does_not_have():
             Option 'temprature' is not accepted
         - Expected a <class 'NoneType'>
       Given value: NestedArg(key='temprature', val='3')"""
-    assert explain(message, KEYS) == (
+    assert explain(message, KEYS, no_class) == (
         "model.sampler.temprature: WeightedSampler has no such setting (it has k, temperature, "
         "importance_correction); did you mean 'model.sampler.temperature'?"
     )
@@ -133,7 +137,7 @@ def test_an_argument_that_a_class_does_not_have():
     ],
 )
 def test_messages_are_one_line_with_key_and_value(message: str, expected: str):
-    assert explain(message, KEYS) == expected
+    assert explain(message, KEYS, no_class) == expected
 
 
 def test_a_key_that_is_near_nothing_gets_no_hint():
