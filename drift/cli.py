@@ -114,7 +114,7 @@ class DriftCLI(LightningCLI):
         """Makes the objects; what they refuse is reported under the whole name of the setting."""
         settings = self.config[self.config.subcommand]
         require_checkpoint(settings.get("ckpt_path"), settings.resume, self.config.subcommand)
-        if not settings.trainer.get("enable_progress_bar", True):
+        if settings.trainer.enable_progress_bar is False:
             settings.progress.refresh_rate = 0
             settings.trainer.enable_progress_bar = None
         try:

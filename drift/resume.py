@@ -176,7 +176,8 @@ def find_run(trainer: Trainer, dirpath: str | None, settings: Mapping[str, Any] 
 def _unlogged_run(folder: Path, settings: Mapping[str, Any] | None) -> Run | None:
     """The run whose checkpoints are in the working folder, where there is no logger to give it its own."""
     run = Run(folder, folder / "checkpoints")
-    if not run.checkpoints.exists():
+    left = [*(run.checkpoints / name for name in (LAST, BEST, PREVIOUS)), folder / RESCUE]
+    if not any(path.exists() for path in left):
         return None
     changed = [] if settings is None else differences(run.checkpoints / CONFIG, settings)
     if changed:

@@ -350,6 +350,9 @@ def test_without_a_progress_bar_all_else_is_the_same(tiny: list[str], capsys: py
     shown = capsys.readouterr()
     assert "--- summary ---" in shown.out
     assert "it/s" not in shown.out + shown.err
+    run(["fit", *rest])
+    shown = capsys.readouterr()
+    assert "it/s" in shown.out + shown.err
 
 
 def corrupt(folder: Path) -> None:

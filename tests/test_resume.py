@@ -105,6 +105,8 @@ def test_what_saves_memory_watches_or_is_only_shown_makes_no_other_run(trainer, 
 def test_without_a_logger_the_checkpoints_say_whose_they_are(tmp_path: Path):
     at = SimpleNamespace(loggers=[], default_root_dir=str(tmp_path))
     assert starting_checkpoint(at, settings()) is None
+    (tmp_path / "checkpoints").mkdir()
+    assert starting_checkpoint(at, settings()) is None
     last = write(tmp_path / "checkpoints" / "last.ckpt", 3, 0)
     (last.parent / "config.yaml").write_text(yaml.safe_dump(settings()))
     assert starting_checkpoint(at, settings()) == str(last)
