@@ -55,6 +55,14 @@ from drift.strategy import ShardedStrategy
 from drift.tasks import SudokuTask
 
 TIMEOUT = timedelta(seconds=60)
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
 KEPT = ("completion_ids", "step_map", "token_probs", "commit_kind", "rewards", "advantages", "trained")
 
 
@@ -224,19 +232,14 @@ def train(
     recorder.watch(module)
     trainer = Trainer(
         max_steps=max_steps,
-        accelerator="cpu",
         devices=world_size(),
+        **QUIET,
         precision=precision,
         strategy=ShardedStrategy(timeout=TIMEOUT) if strategy == "fsdp" else strategy,
         callbacks=[rollout, recorder, *([Saver(save)] if save else []), *([probe_] if probe else [])],
         val_check_interval=2,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     held = {
@@ -261,16 +264,11 @@ def fine_tune(strategy="auto"):
     recorder = Losses()
     trainer = Trainer(
         max_steps=3,
-        accelerator="cpu",
         devices=world_size(),
+        **QUIET,
         strategy=ShardedStrategy(timeout=TIMEOUT) if strategy == "fsdp" else strategy,
         callbacks=[recorder],
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
     )
     with patch("drift.micro_batches._LEAST_POSITIONS", 1):
         trainer.fit(module, data)
@@ -432,15 +430,11 @@ def disagree_in_training(what):
     rollout = RolloutCallback(group_size=4, completion_length=16, decode=decode, evaluation=decode)
     trainer = Trainer(
         max_steps=1,
-        accelerator="cpu",
         devices=world_size(),
+        **QUIET,
         strategy=ShardedStrategy(timeout=TIMEOUT),
         callbacks=[rollout],
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        use_distributed_sampler=False,
     )
     try:
         with patch("drift.module.micro_batches", fewer if what == "micro-batches" else micro_batches):
