@@ -31,9 +31,9 @@ from drift.logs import PastLogs, flush
 from drift.policy_module import PolicyModule
 from drift.progress import at_boundary, rewind_loops
 from drift.randomness import random_state, set_random_state
-from drift.resume import BEST, LAST, PREVIOUS
+from drift.resume import BEST, LAST, PREVIOUS, step_of
 from drift.signals import SignalWatch, Stopped, requeue_job, requeue_signal
-from drift.storage import AtomicCheckpointIO, leftovers, link, storage_error
+from drift.storage import AtomicCheckpointIO, damage, leftovers, link, storage_error
 
 _STATE = "drift_run"
 _ALONE = ("rollout", "reward")  # stages in which ranks need not wait for each other
@@ -81,6 +81,7 @@ class CheckpointCallback(ModelCheckpoint):
         self.every = every
         self.previous = previous
         self.continued = False
+        self.start: str | None = None  # the checkpoint that training starts from, where that is known before
         self._watch: SignalWatch | None = None
         self._past: PastLogs | None = None
         self._saved_step = -1
@@ -102,6 +103,8 @@ class CheckpointCallback(ModelCheckpoint):
         if not isinstance(io, CheckedCheckpointIO):
             inner = AtomicCheckpointIO() if type(io) is TorchCheckpointIO else io
             trainer.strategy.checkpoint_io = CheckedCheckpointIO(inner)
+        step = "none" if self.start is None else f"of step {step_of(Path(self.start))}"
+        require_agreement("the checkpoint to start from, which all ranks must see", step)
         if stage != "fit":
             return
         assert self.dirpath is not None
@@ -247,11 +250,19 @@ class CheckpointCallback(ModelCheckpoint):
         # Named before it is written: the checkpoint itself holds this callback's state.
         self.last_model_path = str(path)
         with _stored_on_all_ranks(path):
-            if self.previous and trainer.is_global_zero and path.exists():
+            if self.previous and trainer.is_global_zero and self._is_worth_keeping(path):
                 link(path, path.with_name(PREVIOUS))
         with self._writing(trainer, path):
             trainer.save_checkpoint(path)
         self._saved_step = trainer.global_step
+        self.start = None
+
+    def _is_worth_keeping(self, path: Path) -> bool:
+        """Whether there is a last checkpoint that is whole: training may have been started from another."""
+        if not path.exists():
+            return False
+        is_start = self.start is None or Path(self.start) == path
+        return is_start or damage(path) is None
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         with self._writing(trainer, Path(filepath)):

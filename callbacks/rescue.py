@@ -44,7 +44,7 @@ class RescueCallback(Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         if isinstance(exception, SampleError):
             self._save_batch(exception, trainer)
-        elif world_size() > 1:
+        if world_size() > 1 and not (isinstance(exception, SampleError) and exception.on_all_ranks):
             return  # the others may be waiting elsewhere
         trainer.save_checkpoint(self.folder / "rescue.ckpt")
         kept = self.folder / "rescue.ckpt"

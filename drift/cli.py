@@ -144,12 +144,13 @@ class DriftCLI(LightningCLI):
         plain = yaml.safe_load(parser.dump(settings, skip_none=False))
         path = starting_checkpoint(self.trainer, plain)
         self.config_init[self.config.subcommand]["ckpt_path"] = path
+        checkpoint: Any = self.trainer.checkpoint_callback
+        checkpoint.start = path
         if self.config.subcommand == "fit":
             # A command that is issued again goes on with its logs, and may find nothing left to do.
             again = settings.resume is not None
-            callback: Any = self.trainer.checkpoint_callback
             if again or path != settings.ckpt_path:
-                callback.continue_run(self.trainer.loggers)
+                checkpoint.continue_run(self.trainer.loggers)
             self.model.may_be_finished = again
 
     def _require_places(self, settings: Any) -> None:

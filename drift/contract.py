@@ -58,6 +58,7 @@ class SampleError(RuntimeError):
         super().__init__(message)
         self.sample = dict(sample)
         self.tensors = dict(tensors or {})
+        self.on_all_ranks = False  # whether every rank raises one at this place
 
 
 class HungError(SampleError):

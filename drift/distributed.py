@@ -81,11 +81,12 @@ def failing_together() -> Iterator[None]:
     except SampleError as found:
         error = found
     messages = gather_over_ranks(None if error is None else str(error))
-    if error is not None:
-        raise error
     for number, message in enumerate(messages):
-        if message is not None:
-            raise SampleError(f"rank {number}: {message}", {"rank": number})
+        if error is None and message is not None:
+            error = SampleError(f"rank {number}: {message}", {"rank": number})
+    if error is not None:
+        error.on_all_ranks = True
+        raise error
 
 
 def highest_over_ranks(value: Tensor) -> Tensor:

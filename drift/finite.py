@@ -66,8 +66,8 @@ def finite_on_all_ranks(value: Tensor) -> bool:
 def sample_error(message: str, step: int, batch: PromptBatch, rollout: Rollout | None) -> SampleError:
     """The error that holds the whole batch: `Rollout(**tensors)` is the rollout again, seeds included.
 
-    Where groups were dealt out over the ranks, positions are those of the rollout's rows, and the prompts are
-    there as tokens only.
+    Every rank raises it. Where groups were dealt out over the ranks, positions are those of the rollout's
+    rows, and the prompts are there as tokens only.
 
     Args:
         message: what happened.
@@ -86,4 +86,6 @@ def sample_error(message: str, step: int, batch: PromptBatch, rollout: Rollout |
     for name in ("completion_ids", "advantages"):
         if name in tensors:
             sample[name] = tensors[name].tolist()
-    return SampleError(message, sample, tensors)
+    error = SampleError(message, sample, tensors)
+    error.on_all_ranks = True
+    return error

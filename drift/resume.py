@@ -51,12 +51,14 @@ class Run:
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole; None where there is none. Warns of each that is damaged."""
-        last = [self.checkpoints / LAST, self.folder / RESCUE]
-        # Older by design: for where the others are damaged.
+        last, rescue = self.checkpoints / LAST, self.folder / RESCUE
+        # Older by design, for where the last is damaged; and so is what was rescued before that was written.
         before = [self.checkpoints / PREVIOUS, self.checkpoints / BEST]
-        for group in (last, before):
+        rescued_last = not last.exists() or (rescue.exists() and _written(rescue) > _written(last))
+        groups = ([last, rescue], before) if rescued_last else ([last], [*before, rescue])
+        for group in groups:
             found = [path for path in group if path.exists()]
-            for path in sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+            for path in sorted(found, key=_written, reverse=True):
                 reason = damage(path)
                 if reason is None:
                     return path
@@ -224,6 +226,10 @@ def step_of(path: Path) -> int:
     if path.is_dir():
         return torch.load(path / "meta.pt", weights_only=True, map_location="cpu")["global_step"]
     return torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"]
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def _log_dir(logger: Any) -> str:

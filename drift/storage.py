@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from drift.contract import ConfigError, StorageError
+
+# What disks without second names say to one: mounted buckets, exFAT, some network mounts.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 _TEMPORARY = ".tmp"
 
@@ -121,10 +125,18 @@ def sync(path: Path) -> None:
 
 
 def link(old: Path, new: Path) -> None:
-    """Gives a checkpoint a second name, in place of what had it; both stay when one is replaced."""
+    """Gives a checkpoint a second name, in place of what had it; both stay when one is replaced.
+
+    Where the disk knows no second names, it loses the first: to be called before another takes that.
+    """
     first = temporary(new)
     first.unlink(missing_ok=True)
-    first.hardlink_to(old)
+    try:
+        first.hardlink_to(old)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        old.replace(first)
     first.replace(new)
     sync(new.parent)
 

@@ -171,6 +171,21 @@ def test_a_damaged_checkpoint_gives_way_to_the_newest_whole_one_loudly(tmp_path:
             assert run.newest() == expected
 
 
+def test_what_was_rescued_long_ago_comes_after_what_was_written_since(tmp_path: Path):
+    run = Run(tmp_path, tmp_path / "checkpoints")
+    rescue = write(tmp_path / "rescue.ckpt", 5, 900)
+    assert run.newest() == rescue
+    last, previous = (
+        write(run.checkpoints / f"{name}.ckpt", 9, age) for name, age in (("last", 1), ("previous", 200))
+    )
+    damaged(last)
+    with pytest.warns(UserWarning, match="is left out"):
+        assert run.newest() == previous
+    damaged(previous)
+    with pytest.warns(UserWarning, match="is left out"):
+        assert run.newest() == rescue
+
+
 def test_what_differs_is_named(tmp_path: Path):
     file = tmp_path / "config.yaml"
     assert differences(file, settings()) == ["config.yaml, which it does not have"]

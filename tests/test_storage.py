@@ -1,3 +1,4 @@
+import errno
 import resource
 import shutil
 from pathlib import Path
@@ -79,6 +80,20 @@ def test_both_names_of_a_checkpoint_outlive_the_next(whole: Path):
     AtomicCheckpointIO().save_checkpoint({"step": 2}, whole)
     assert value(whole) == {"step": 2}
     assert torch.equal(value(previous)["w"], WEIGHTS["w"])
+    link(whole, previous)
+    assert value(previous) == {"step": 2}
+
+
+def test_a_disk_without_second_names_keeps_the_one_before_all_the_same(whole: Path, monkeypatch):
+    def refuse(self: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    previous = whole.with_name("previous.ckpt")
+    link(whole, previous)
+    assert torch.equal(value(previous)["w"], WEIGHTS["w"])
+    assert not leftovers(whole.parent)
+    AtomicCheckpointIO().save_checkpoint({"step": 2}, whole)
     link(whole, previous)
     assert value(previous) == {"step": 2}
 

@@ -21,7 +21,8 @@ from drift.models.weights import INDEX, WHOLE, default_dtype, read_weights, weig
 from drift.models.writing import read_texts
 
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDA, "Dream": Dream}
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+# Code is never run; an export takes it along, for whoever loads that with the original code base.
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model", "*.py"]
 
 
 def resolve_folder(path: str | Path, key: str = "model.policy") -> Path:

@@ -159,8 +159,14 @@ def _source_dtypes(source: Path) -> dict[str, torch.dtype]:
 
 
 def _is_tied(name: str, names: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
-    place = state[name].data_ptr()
-    return any(other in state and state[other].data_ptr() == place for other in names)
+    value = state[name]
+    for other in names:
+        if other in state and state[other].data_ptr() == value.data_ptr():
+            return True
+        # Gathered from several ranks, the two have a storage each.
+        if other in state and value.dim() == 2 and torch.equal(state[other], value):
+            return True
+    return False
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -128,6 +128,19 @@ def test_whose_time_was_up_goes_on_with_more_of_it(train, tmp_path: Path):
     assert run(5, ckpt_path=last) == 5
 
 
+def test_a_damaged_last_never_takes_the_place_of_the_one_before(train, tmp_path: Path):
+    last, previous = tmp_path / "last.ckpt", tmp_path / "previous.ckpt"
+    train(4, Accuracies(0.2, 0.3), CheckpointCallback(every=2, monitor="val/score", dirpath=str(tmp_path)))
+    assert (load(last)["global_step"], load(previous)["global_step"]) == (4, 2)
+    last.write_bytes(last.read_bytes()[:-300])
+    for damaged in (True, False):
+        checkpoint = CheckpointCallback(every=2, monitor="val/score", dirpath=str(tmp_path))
+        checkpoint.continue_run([])
+        checkpoint.start = str(previous)
+        train(3 if damaged else 5, Accuracies(0.1, 0.1), checkpoint, ckpt_path=previous)
+        assert load(previous)["global_step"] == (2 if damaged else 4)
+
+
 def test_a_trial_run_writes_no_checkpoint(train, tmp_path: Path):
     checkpoint = CheckpointCallback(monitor="val/score", dirpath=str(tmp_path / "kept"))
     train(2, Accuracies(0.2), checkpoint, trial=True)

@@ -45,6 +45,18 @@ def test_keeps_the_weights_and_the_sample(train, tmp_path: Path):
     assert json.loads(text) == {"message": "no number", "completion": "häh\n"}
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_of_several_ranks_all_must_write(train, tmp_path: Path, monkeypatch, joint: bool):
+    error = SampleError("no number", {"completion": "1"})
+    error.on_all_ranks = joint
+    monkeypatch.setattr("drift.callbacks.rescue.world_size", lambda: 2)
+    with pytest.raises(SampleError):
+        train(FailAt(1, error))
+    # One that is alone with its error would wait for the others for ever.
+    assert (tmp_path / "rescue.ckpt").exists() == joint
+    assert (tmp_path / "rescue.json").exists()
+
+
 def test_training_goes_on_from_there(train, tmp_path: Path):
     with pytest.raises(RuntimeError):
         train(FailAt(2, RuntimeError("no memory")))

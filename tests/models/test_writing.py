@@ -84,6 +84,20 @@ def test_a_tied_head_is_written_once(tmp_path: Path, make_policy):
     assert names == set(policy.state_dict()) - {"model.transformer.ff_out.weight"}
 
 
+def test_a_tied_head_that_was_gathered_apart_is_written_once(tmp_path: Path, make_policy):
+    source = tmp_path / "source"
+    policy = make_policy(weight_tying=True)
+    policy.save_pretrained(source)
+    apart = {name: value.clone() for name, value in policy.state_dict().items()}
+    write_folder(apart, source, tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(
+        load_file(source / "model.safetensors")
+    )
+    apart["model.transformer.ff_out.weight"] += 1
+    with pytest.raises(ConfigError, match=r"unknown \['model\.transformer\.ff_out\.weight'\]"):
+        write_folder(apart, source, tmp_path / "other")
+
+
 def test_the_tokenizer_of_another_folder(source: Path, tmp_path: Path):
     other = tmp_path / "other"
     other.mkdir()
