@@ -145,6 +145,7 @@ def rows_of(subject: str, budget: float) -> list[dict[str, Any]]:
             {
                 "recipe": recipe,
                 "lr": lr,
+                "of the grid": {min(LRS): "lowest", max(LRS): "highest"}.get(lr, "inside"),
                 "seeds": len(runs),
                 "base": _spread(runs, "base", "accuracy"),
                 "accuracy": _spread(runs, "final", "accuracy"),

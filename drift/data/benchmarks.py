@@ -14,8 +14,8 @@ from datasets import Dataset
 from lightning.pytorch.utilities import rank_zero_info
 
 from drift.contract import ConfigError
+from drift.data.fitting import fitting_rows
 from drift.data.sources import Source, load_all_rows
-from drift.data.stream import fitting_rows
 from drift.data.template import PromptTemplate
 from drift.fingerprint import describe, digest
 from drift.tasks import ProceduralTask, Task
@@ -113,7 +113,7 @@ class EvaluationSource:
         return load_all_rows(self.source, self.task, self.key)
 
     def fitting(self, rows: Any, template: PromptTemplate, *, drop_long: bool) -> EvaluationSet:
-        """The set, with every row of a file looked at: none may stop a run after hours.
+        """The set, with every row looked at: none may stop a run after hours.
 
         Args:
             rows: what `load` gave.
@@ -123,10 +123,9 @@ class EvaluationSource:
         Raises:
             ConfigError: where a row cannot be used.
         """
-        if isinstance(rows, Dataset):
-            num, rows = len(rows), fitting_rows(rows, self.task, template, self.where, drop_long=drop_long)
-            if len(rows) < num:
-                rank_zero_info(f"{self.where}: {num - len(rows)} of {num} rows are left out: too long")
+        num, rows = len(rows), fitting_rows(rows, self.task, template, self.where, drop_long=drop_long)
+        if len(rows) < num:
+            rank_zero_info(f"{self.where}: {num - len(rows)} of {num} rows are left out: too long")
         return EvaluationSet(name=self.name, rows=rows, task=self.task, where=self.where)
 
 

@@ -23,6 +23,7 @@ from drift.data.benchmarks import (
     procedural,
 )
 from drift.data.endless import require_endless
+from drift.data.fitting import fitting_rows
 from drift.data.guard import ContaminationGuard
 from drift.data.refill import RefillPrompts, require_groups
 from drift.data.sources import Source, load_rows
@@ -34,7 +35,6 @@ from drift.data.stream import (
     ShuffledRows,
     StreamedRows,
     collate_prompts,
-    fitting_rows,
 )
 from drift.data.template import PromptTemplate
 from drift.distributed import rank, require_agreement, share_of_rank, world_size
@@ -245,7 +245,7 @@ class PromptDataModule(LightningDataModule):
         if source is None:
             task = procedural(self.task, "data.train")
             self.guard.hold_out(task)
-            return ProceduralRows(task)
+            return ProceduralRows(task, fits=self._is_short if self.long_prompts == "drop" else None)
         rows, where = load_rows(source, self.task, "data.train"), f"data.train ({source.path})"
         if isinstance(rows, StreamingDataset):
             rows = self.guard.watch(rows, self.task, where, self._run_folder)

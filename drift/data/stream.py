@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
-from datasets import Dataset
 from datasets import IterableDataset as StreamingDataset
 from torch.utils.data import IterableDataset
 
@@ -19,6 +18,8 @@ from drift.tasks import ProceduralTask, Task
 Row = Mapping[str, Any]
 # Places from here on are of prompts beside the stream, which never comes so far.
 BESIDE = 2**40
+_MADE_ANEW = 2**44  # further on are rows in the place of those that are too long
+_MAX_MADE = 1000
 _SHUFFLE_BUFFER = 10_000  # rows of a streaming dataset
 
 
@@ -40,20 +41,35 @@ class ProceduralRows:
     Args:
         task: makes them, each from its place.
         first: index of the first one.
+        fits: which rows to take; others are made in the place of those that do not fit. None: all.
     """
 
-    def __init__(self, task: ProceduralTask, first: int = 0) -> None:
+    def __init__(
+        self, task: ProceduralTask, first: int = 0, fits: Callable[[Row], bool] | None = None
+    ) -> None:
         self.task = task
         self.first = first
+        self.fits = fits
 
     def starting_at(self, position: int) -> Iterator[Row]:
         """The rows from this place on."""
         for index in count(self.first + position):
-            yield self.task.row("train", index)
+            yield self._row(index)
 
     def beside(self) -> ProceduralRows:
         """Rows that are made of other indices."""
-        return ProceduralRows(self.task, BESIDE)
+        return ProceduralRows(self.task, BESIDE, self.fits)
+
+    def _row(self, index: int) -> Row:
+        """The row of a place, the same whenever it is asked for."""
+        for again in range(_MAX_MADE):
+            row = self.task.row("train", index + again * _MADE_ANEW)
+            if self.fits is None or self.fits(row):
+                return row
+        raise ConfigError(
+            f"data.max_prompt_length: {_MAX_MADE} prompts of {type(self.task).__name__} in a row are longer; "
+            "raise it, or widen the settings of data.task"
+        )
 
 
 class ShuffledRows:
@@ -201,49 +217,6 @@ class EvaluationPrompts(IterableDataset[PromptBatch]):
         for start in range(0, len(self.places), self.batch_size):
             places = self.places[start : start + self.batch_size]
             yield self.collate([self.rows[i] for i in places], list(places), 0)
-
-
-def fitting_rows(
-    rows: Dataset,
-    task: Task,
-    template: PromptTemplate,
-    where: str,
-    *,
-    drop_long: bool = False,
-    demonstration_length: int | None = None,
-    skip: Container[int] = (),
-) -> Dataset:
-    """The rows whose prompts fit, all looked at now: one that doesn't must not stop a run after hours.
-
-    Args:
-        rows: of a dataset, which suit the task.
-        task: makes problems of them.
-        template: renders and tokenises these.
-        where: the dataset in words, for error messages.
-        drop_long: leave out prompts longer than the template's `max_length`, and don't raise.
-        demonstration_length: also look at the demonstrations, which must fit into this length.
-        skip: numbers of rows to leave out.
-
-    Raises:
-        ConfigError: where a prompt or demonstration cannot be used, or none is left.
-    """
-    usable = []
-    for number, row in enumerate(rows):
-        if number in skip:
-            continue
-        problem, name = task.problem(cast("Row", row)), f"{where} row {number}"
-        if drop_long and template.num_tokens(problem) > template.max_length:
-            continue
-        template.encode(problem, name)
-        if demonstration_length is not None:
-            template.encode_demonstration(problem, demonstration_length, name)
-        usable.append(number)
-    if not usable:
-        raise ConfigError(
-            f"{where}: none of the rows has a prompt of at most data.max_prompt_length "
-            f"({template.max_length}) tokens; raise it"
-        )
-    return rows.select(usable)
 
 
 def collate_prompts(

@@ -30,10 +30,13 @@ _RELATION = re.compile(
 _LESS, _LESS_EQUAL = r"<", r"\\leq?(?:slant)?(?![a-zA-Z])|≤|<="
 _MORE, _MORE_EQUAL = r">", r"\\geq?(?:slant)?(?![a-zA-Z])|≥|>="
 _ORDER = re.compile(rf"({_LESS_EQUAL}|{_MORE_EQUAL}|{_LESS}|{_MORE})")
+_OR = re.compile(r"\\(?:lor|vee|cup)(?![a-zA-Z])")
 _MEMBER = re.compile(r"^[A-Za-z]\s*\\in(?![a-zA-Z])\s*")
 _LABEL = re.compile(
     r"[A-Za-z](?:_\{?\w+\}?)?|[A-Za-z]\([A-Za-z]\)|\\[a-z]+(?:_\{?\w+\}?)?|\([A-Za-z](?:\s*,\s*[A-Za-z])+\)"
 )
+_NAME = re.compile(r"[A-Z]{2,4}")
+_LAYOUT = re.compile(r"\\(?:[dt]?frac|sqrt|cdot|times|left|right|pi|[,;:!% ])")
 _BASE = re.compile(r"\d_\{?(\d+)\}?")
 _SET_OPERATION = re.compile(r"\\(?:cup|cap|setminus)(?![a-zA-Z])")
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
@@ -81,9 +84,9 @@ def questions(gold: str, answer: str) -> list[Question] | None:
         return None
     gold, answer = _MEMBER.sub("", gold), _MEMBER.sub("", answer)
     if not _ORDER.search(gold) and _ORDER.search(answer):
-        answer = _interval(answer) or answer
+        answer = _intervals(answer) or answer
     elif _ORDER.search(gold) and not _ORDER.search(answer):
-        gold = _interval(gold) or gold
+        gold = _intervals(gold) or gold
     return _of_equations(gold, answer)
 
 
@@ -125,6 +128,16 @@ def _unit(text: str) -> tuple[str, str] | None:
     return (unit, power) if unit and power in "123" else None
 
 
+def _intervals(text: str) -> str | None:
+    r"""`x < 2 \text{ or } x > 5` as a union of intervals; None where it is none in one letter."""
+    parts = [part for found in _split(text, ",") for part in _OR.split(found)]
+    found = [_interval(part.strip()) for part in parts]
+    letters = {word for part in parts for word in re.findall(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])", part)}
+    if None in found or (len(parts) > 1 and len(letters) != 1):
+        return None
+    return " \\cup ".join(interval for interval in found if interval)
+
+
 def _interval(text: str) -> str | None:
     r"""`2 < x \le 5` as an interval; None where it is no such inequality in one letter."""
     parts = [part.strip() for part in _ORDER.split(text)]
@@ -147,7 +160,10 @@ def _interval(text: str) -> str | None:
 def _of_equations(gold: str, answer: str) -> list[Question] | None:
     label, *gold_sides = _split(gold, "=")
     if gold_sides and not (len(gold_sides) == 1 and _LABEL.fullmatch(label)):
-        return [(gold, answer)]  # an equation, which is more than a value with a name
+        if len(gold_sides) > 1 or "=" in answer:
+            return [(gold, answer)]
+        # An equation is more than a value with a name: to math-verify its right side would do.
+        return None if _has_variables(label) else [(gold_sides[0] if _has_letters(label) else label, answer)]
     if gold_sides and len(sides := _split(answer, "=")) > 1 and not any(map(_LABEL.fullmatch, sides)):
         return [(gold, answer)]
     value = gold_sides[0] if gold_sides else label
@@ -179,6 +195,11 @@ def _without_label(sides: list[str], name: str | None, *, keep_names: bool) -> l
 
 def _has_letters(text: str) -> bool:
     return bool(re.search("[A-Za-z]", re.sub(r"\\[A-Za-z]+", " ", text)))
+
+
+def _has_variables(text: str) -> bool:
+    """Whether there is a letter that is no part of a name such as AB, of a number or of its layout."""
+    return bool(re.search("[A-Za-z]", _LAYOUT.sub("", text))) and not _NAME.fullmatch(text)
 
 
 def _of_groups(gold: str, answer: str) -> list[Question] | None:

@@ -8,12 +8,15 @@ from hashlib import blake2b
 from random import Random
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from drift.contract import ConfigError
 from drift.tasks.base import Task
 
 # Of ten parts of all puzzles; the other eight are for training.
 _EVALUATION_TENTHS = {0: "validation", 1: "test"}
 _MAX_DRAWS = 10_000
+_MOST_REPEATS = 0.1  # of the draws
 
 
 class ProceduralTask(Task):
@@ -90,6 +93,8 @@ class ProceduralTask(Task):
     def rows(self, split: str, num: int) -> list[dict[str, Any]]:
         """[num] rows of a finite split, no puzzle twice; a longer list begins with the shorter one.
 
+        Warns where so many draws were repeats that kinds with few puzzles are rarer than they should be.
+
         Args:
             split: "train", "validation" or "test".
             num: how many rows, >= 1.
@@ -108,6 +113,11 @@ class ProceduralTask(Task):
             elif index - last_hit >= _MAX_DRAWS:
                 raise self._too_few(f"{num} different {split} puzzles are asked for, {len(found)} were found")
             index += 1
+        if index - num > _MOST_REPEATS * index:
+            rank_zero_warn(
+                f"{type(self).__name__}: {num} different {split} puzzles took {index} draws: kinds of which "
+                "there are few are rarer among them than in training; ask for fewer or widen data.task"
+            )
         return list(found.values())
 
     def _split_of(self, row: dict[str, Any]) -> str:

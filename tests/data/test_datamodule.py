@@ -448,3 +448,29 @@ def test_a_bad_chat_template_stops_before_rows_are_read(tiny_folder: Path, tmp_p
     prompts.trainer = Trainer()
     with pytest.raises(ConfigError, match=r"data\.chat_template is .*mine\.jinja'.*TemplateSyntaxError"):
         prompts.setup("fit")
+
+
+class Ragged(SudokuTask):
+    """Every other puzzle comes with a long story."""
+
+    def problem(self, row):
+        problem = super().problem(row)
+        if sum(map(ord, problem.prompt)) % 2:
+            problem.prompt *= 20
+        return problem
+
+
+def test_prompts_that_a_task_makes_too_long_are_made_anew_or_named(tiny_folder: Path):
+    settings = {"max_prompt_length": 100, "num_validation": 40}
+    prompts = PromptDataModule(Ragged(), str(tiny_folder), long_prompts="drop", **settings)
+    found = training_prompts(prompts, 6)
+    assert all(len(prompt) <= 100 for batch in found for prompt in batch)
+    assert training_prompts(prompts, 3, global_step=3) == found[3:]
+    (kept,) = prompts.evaluation_sets["validation"]
+    assert 5 < len(kept.rows) < 35
+    # Of an endless stream nothing is known before; of the rest all of it.
+    with pytest.raises(ConfigError, match=r"validation .* row \d+: .*set data\.long_prompts: drop"):
+        PromptDataModule(Ragged(), str(tiny_folder), **settings).setup("validate")
+    never = PromptDataModule(Ragged(), str(tiny_folder), long_prompts="drop", max_prompt_length=4)
+    with pytest.raises(ConfigError, match="none of the rows has a prompt of at most"):
+        never.setup("validate")

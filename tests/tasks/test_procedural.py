@@ -1,3 +1,4 @@
+import warnings
 from random import Random
 
 import pytest
@@ -116,3 +117,14 @@ def test_held_out_puzzles_are_not_made_for_training():
 def test_puzzles_are_compared_by_their_canonical_form():
     row = CountdownTask().row("test", 0)
     assert CountdownTask().own_text(row | {"numbers": row["numbers"][::-1]}) == CountdownTask().canonical(row)
+
+
+def test_a_set_that_uses_up_rare_puzzles_is_warned_of():
+    hard = SudokuTask(blanks=(8, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hard.rows("test", 256)
+    with pytest.warns(UserWarning, match=r"SudokuTask: 2048 different test puzzles took \d+ draws: .*rarer"):
+        rows = hard.rows("test", 2048)
+    # A fifth of the draws has 12 blanks, of which the split has not so many.
+    assert sum(row["puzzle"].count(".") == 12 for row in rows) < 0.1 * len(rows)
