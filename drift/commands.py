@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+import drift.samplers
 from drift import cli
 from drift.comparison import comparison
 from drift.contract import ConfigError
@@ -168,6 +170,8 @@ def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
         num_updates=model.num_updates,
         micro_batch_size=model.micro_batch_size,
         micro_batch_tokens=model.micro_batch_tokens,
+        states_per_row=_states_per_row(model.sampler),
+        train_groups=model.train_groups,
         max_prompt_length=data.max_prompt_length,
         prompts_per_step=data.prompts_per_step,
         evaluation_batch_size=data.evaluation_batch_size,
@@ -180,6 +184,18 @@ def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
         strategy=getattr(trainer.strategy, "class_path", trainer.strategy),
         num_gpus=num_gpus,
     )
+
+
+def _states_per_row(sampler: Any) -> int | None:
+    """Noisy states that a sampler of drift's takes of a completion, at most; None where that is not known."""
+    path = "drift.samplers.WeightedSampler" if sampler is None else sampler.class_path
+    name = path.rpartition(".")[2]
+    if not path.startswith("drift.samplers."):
+        return None
+    default = inspect.signature(getattr(drift.samplers, name)).parameters.get("k")
+    k = getattr(getattr(sampler, "init_args", None), "k", None) or (default and default.default)
+    # Coupled ones take a mask and what it leaves.
+    return k and k * (2 if name.startswith("Coupled") else 1)
 
 
 def _number(key: str, text: str, *, whole: bool) -> float:

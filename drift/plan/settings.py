@@ -34,6 +34,8 @@ class PlanSettings:
         num_updates: model.num_updates.
         micro_batch_size: model.micro_batch_size, noisy states.
         micro_batch_tokens: model.micro_batch_tokens, positions; None: any number.
+        states_per_row: noisy states that the sampler takes of a completion, at most; None: any number.
+        train_groups: model.train_groups, over all ranks; None: all.
         max_prompt_length: data.max_prompt_length, tokens.
         prompts_per_step: data.prompts_per_step, over all ranks.
         evaluation_batch_size: data.evaluation_batch_size, rows on each rank.
@@ -65,6 +67,8 @@ class PlanSettings:
     num_updates: int = 1
     micro_batch_size: int = 64
     micro_batch_tokens: int | None = None
+    states_per_row: int | None = None
+    train_groups: int | None = None
     max_prompt_length: int = 1024
     prompts_per_step: int = 8
     evaluation_batch_size: int = 64
@@ -129,10 +133,14 @@ class PlanSettings:
 
     @cached_property
     def num_states(self) -> int:
-        """Noisy states of a micro-batch, where all prompts have the greatest length."""
+        """Noisy states of a micro-batch, of prompts of the greatest length; no more than there are."""
         tokens = self.micro_batch_tokens
         fit = self.micro_batch_size if tokens is None else max(tokens // self.length, 1)
-        return min(self.micro_batch_size, fit)
+        if self.states_per_row is None:
+            return min(self.micro_batch_size, fit)
+        groups = self.train_groups or self.prompts_per_step
+        there = -(-groups // self.num_gpus) * self.group_size * self.states_per_row
+        return min(self.micro_batch_size, fit, there)
 
     @cached_property
     def sharded(self) -> bool:

@@ -219,6 +219,15 @@ def test_an_8b_policy_needs_what_the_readme_says(num_gpus: int, known_8b: Callab
     assert plan.cache == 2 * 32 * 4096 * 1280 * (32 if num_gpus == 1 else 16) * 2
 
 
+def test_no_more_noisy_states_are_planned_than_there_are(settings: PlanSettings):
+    many = replace(settings, micro_batch_size=64, prompts_per_step=8, num_gpus=8, group_size=4)
+    assert many.num_states == 64
+    # One prompt a rank, four completions, four states of each.
+    assert replace(many, states_per_row=4).num_states == 16
+    assert replace(many, states_per_row=4, train_groups=12).num_states == 32
+    assert replace(many, states_per_row=4, micro_batch_size=3).num_states == 3
+
+
 def test_a_budget_of_positions_bounds_the_noisy_states_of_a_micro_batch(settings: PlanSettings):
     length = settings.length
     bounded = replace(settings, micro_batch_size=64, micro_batch_tokens=3 * length + 1)

@@ -2,6 +2,8 @@ from dataclasses import replace
 
 import pytest
 
+from drift.cli import parsed
+from drift.commands import plan_settings
 from drift.contract import ConfigError
 from drift.plan import PlanSettings
 from drift.plan.sizes import sizes_of
@@ -84,3 +86,18 @@ def test_a_second_copy_of_weights_is_kept_only_where_it_is_needed(settings: Plan
 def test_a_noisy_state_is_never_longer_than_the_policy_allows(settings: PlanSettings):
     assert settings.length == 128
     assert replace(settings, max_prompt_length=50, completion_length=32).length == 82
+
+
+@pytest.mark.parametrize(
+    ("arguments", "states"),
+    [
+        ([], 2),
+        (["--model.sampler=CoupledElbo"], 4),
+        (["--model.sampler=Full"], None),
+        (["--model.sampler.k=7"], 7),
+    ],
+)
+def test_the_plan_knows_how_many_states_a_sampler_takes(arguments: list[str], states: int | None):
+    settings = plan_settings(parsed(["--config=quickstart", *arguments]), 1)
+    assert settings.states_per_row == states
+    assert settings.num_states == (64 if states is None else min(64, 16 * 8 * states))
