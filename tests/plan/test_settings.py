@@ -98,6 +98,7 @@ def test_a_noisy_state_is_never_longer_than_the_policy_allows(settings: PlanSett
     ],
 )
 def test_the_plan_knows_how_many_states_a_sampler_takes(arguments: list[str], states: int | None):
-    settings = plan_settings(parsed(["--config=quickstart", *arguments]), 1)
+    recipe = ["--config=quickstart", "--model.micro_batch_size=1000"]
+    settings = plan_settings(parsed([*recipe, *arguments]), 1)
     assert settings.states_per_row == states
-    assert settings.num_states == (64 if states is None else min(64, 16 * 8 * states))
+    assert settings.num_states == (1000 if states is None else 16 * 8 * states)
