@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from drift.distributed import require_agreement
 from drift.resume import CONFIG
@@ -32,7 +33,7 @@ class AgreedConfigCallback(SaveConfigCallback):
             return
         folder = Path(log_dir if own and log_dir else self._checkpoints(trainer))
         folder.mkdir(parents=True, exist_ok=True)
-        name = CONFIG if stage == "fit" else f"config.{stage}.yaml"
+        name = CONFIG if stage == "fit" else f"config.{TrainerFn(stage).value}.yaml"
         with replacing(folder / name) as new:
             self.parser.save(self.config, str(new), skip_none=False, overwrite=True, multifile=False)
         self.already_saved = True

@@ -5,6 +5,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from drift.callbacks import agreement
 from drift.callbacks.agreement import AgreedConfigCallback
@@ -48,8 +49,9 @@ def test_other_commands_leave_the_config_of_training_alone(compared: list, make_
     parser.add_argument("--model.lr", type=float)
     logger = CSVLogger(tmp_path / "runs", "name", version=0)
     setup(0.1, "fit", logger=logger)
-    setup(0.2, "test", logger=logger)
-    setup(0.3, "predict")
+    # As Lightning calls them.
+    setup(0.2, TrainerFn.TESTING, logger=logger)
+    setup(0.3, TrainerFn.PREDICTING)
     found = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("config*.yaml")}
     folder = Path("runs/name/version_0")
     assert {path: yaml.safe_load(text)["model"]["lr"] for path, text in found.items()} == {
