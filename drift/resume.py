@@ -184,7 +184,7 @@ def _unlogged_run(folder: Path, settings: Mapping[str, Any] | None) -> Run | Non
     changed = [] if settings is None else differences(run.checkpoints / CONFIG, settings)
     if changed:
         raise ConfigError(
-            f"resume is 'auto': {run.checkpoints} is of another run: it differs in {', '.join(changed[:5])}; "
+            f"--resume auto: {run.checkpoints} is of another run: it differs in {', '.join(changed[:5])}; "
             "set checkpoint.dirpath to a folder of this run's own, or give it a logger"
         )
     return run
