@@ -31,7 +31,7 @@ from drift.logs import PastLogs, flush
 from drift.policy_module import PolicyModule
 from drift.progress import at_boundary, rewind_loops
 from drift.randomness import random_state, set_random_state
-from drift.resume import BEST, LAST, PREVIOUS, step_of
+from drift.resume import BEST, LAST, PREVIOUS
 from drift.signals import SignalWatch, Stopped, requeue_job, requeue_signal
 from drift.storage import AtomicCheckpointIO, damage, leftovers, link, storage_error
 
@@ -103,8 +103,9 @@ class CheckpointCallback(ModelCheckpoint):
         if not isinstance(io, CheckedCheckpointIO):
             inner = AtomicCheckpointIO() if type(io) is TorchCheckpointIO else io
             trainer.strategy.checkpoint_io = CheckedCheckpointIO(inner)
-        step = "none" if self.start is None else f"of step {step_of(Path(self.start))}"
-        require_agreement("the checkpoint to start from, which all ranks must see", step)
+        # Of which step it is they compare when it is read: those without one would not be there.
+        found = "none" if self.start is None else "there"
+        require_agreement("the checkpoint to start from, which all ranks must see", found)
         if stage != "fit":
             return
         assert self.dirpath is not None
