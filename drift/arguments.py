@@ -93,14 +93,13 @@ class _OnceLoader(yaml.SafeLoader):
         """
         seen = set()
         for key_node, _ in node.value:
+            place = f"line {key_node.start_mark.line + 1}"
             if not isinstance(key_node, yaml.ScalarNode):
-                place = f"line {key_node.start_mark.line + 1}"
                 raise yaml.constructor.ConstructorError(
                     problem=f"a name cannot be in brackets, {place}; put text with {{{{ }}}} in quotes"
                 )
             key = key_node.value
             if key in seen and key != "<<":
-                place = f"line {key_node.start_mark.line + 1}"
                 raise yaml.constructor.ConstructorError(
                     problem=f"the key {key!r} stands there twice, {place}"
                 )

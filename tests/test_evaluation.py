@@ -8,7 +8,17 @@ import drift.evaluation
 from drift.callbacks import AnswerCallback, RolloutCallback, SummaryCallback
 from drift.contract import ConfigError, PromptBatch, Rollout
 from drift.data import Benchmark, PromptDataModule
-from drift.evaluation import Answer, Cell, CellResult, GridConfig, Tally, answers_of, logged, looked_at
+from drift.evaluation import (
+    FIGURES,
+    Answer,
+    Cell,
+    CellResult,
+    GridConfig,
+    Tally,
+    answers_of,
+    logged,
+    looked_at,
+)
 from drift.metrics import wilson_interval
 from drift.module import RLDFModule
 from drift.rewards.base import PerSampleReward
@@ -181,6 +191,8 @@ def test_names_in_the_log_are_plain_where_there_is_one_cell():
     several = logged({(0, 0): result, (0, 1): result}, ["math"], cells)
     assert several["math/32/slow/timesteps"] == 2.0
     assert len(several) == 2 * len(result.figures())
+    # What may be monitored is what every validation has.
+    assert tuple(result.figures()) == FIGURES
     assert "code/16/fast/accuracy" in logged({(1, 0): result}, ["math", "code"], cells[:1])
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,16 +102,18 @@ class ContaminationGuard:
             for where, rows, task in self._sets
         ]
         self._indices = [PromptIndex(found, self.threshold) for found in prompts]
-        for (where, _, _), found in zip(self._sets, prompts, strict=True):
-            for (other, _, _), index in zip(self._sets, self._indices, strict=True):
-                if not where.startswith("data.validation") or not other.startswith("data.test"):
-                    continue
-                num = sum(1 for prompt in found if index.matches(prompt))
-                if num:
-                    rank_zero_warn(
-                        f"{num} of {len(found)} prompts of {where} are in {other}: a checkpoint that "
-                        "validation chooses is chosen by them; validate on rows of the training data"
-                    )
+        names = [where for where, _, _ in self._sets]
+        validation = [
+            pair for pair in zip(names, prompts, strict=True) if pair[0].startswith("data.validation")
+        ]
+        test = [pair for pair in zip(names, self._indices, strict=True) if pair[0].startswith("data.test")]
+        for (where, found), (other, index) in product(validation, test):
+            num = sum(bool(index.matches(prompt)) for prompt in found)
+            if num:
+                rank_zero_warn(
+                    f"{num} of {len(found)} prompts of {where} are in {other}: a checkpoint that validation "
+                    "chooses is chosen by them; validate on rows of the training data"
+                )
 
     def hold_out(self, task: ProceduralTask) -> None:
         """Keeps the puzzles of the sets from being made for training, where they are of the same task.

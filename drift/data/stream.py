@@ -152,7 +152,7 @@ class PromptStream(IterableDataset[PromptBatch]):
         collate: rows, their places and the update number to a batch.
         prompts_per_step: prompts of a step over all ranks.
         share: which of them are this rank's.
-        start_step: the optimizer step to start at.
+        start_step: batches that were taken before; the optimizer step, where none are accumulated.
         num_updates: how often each batch is given, with its `update` counting up.
     """
 

@@ -159,14 +159,11 @@ def _source_dtypes(source: Path) -> dict[str, torch.dtype]:
 
 
 def _is_tied(name: str, names: Mapping[str, Any], state: Mapping[str, Tensor]) -> bool:
-    value = state[name]
-    for other in names:
-        if other in state and state[other].data_ptr() == value.data_ptr():
-            return True
-        # Gathered from several ranks, the two have a storage each.
-        if other in state and value.dim() == 2 and torch.equal(state[other], value):
-            return True
-    return False
+    value, others = state[name], [state[other] for other in names if other in state]
+    if any(other.data_ptr() == value.data_ptr() for other in others):
+        return True
+    # Gathered from several ranks, the two have a storage each.
+    return value.dim() == 2 and any(torch.equal(other, value) for other in others)
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
