@@ -19,14 +19,15 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from common import RESULTS, table, write
-from learning import EMA_DECAY, Recipe, Run, base_policy, learn
+from learning import Run, base_policy, learn
 from matplotlib import colormaps
+from recipes import BEST, EMA_DECAY, PAPER, RECIPES
 from subjects import SUBJECTS
 
 SEEDS, LR_SEED = (0, 1, 2), 100
@@ -40,40 +41,6 @@ BUDGETS = {"quickstart": 3e4, "sudoku": 4e5, "countdown": 1e5}
 LONG = {("sudoku", "rldf_commit"): (1.2e6, 3.6e6), ("sudoku", "weighted (RLDF)"): (1.2e6,)}
 RUNS = RESULTS / "learning_runs.jsonl"
 BASES = Path("runs/bench_learning")
-_SAMPLE, _EXACT = {"normalisation": "sample"}, {"tau": None, "normalisation": "trajectory"}
-_DRAWN = {"commit": "stochastic", "width": 0.03}
-
-# Those of others under the settings of RLDF's paper, but for the normalisation that an estimator is made for.
-RECIPES = {
-    "weighted (RLDF)": Recipe(),
-    "uniform": Recipe(sampler="UniformSampler"),
-    "full": Recipe(sampler="FullSampler"),
-    "weighted, corrected": Recipe(arguments={"importance_correction": True}, loss=_SAMPLE),
-    "proportional": Recipe(sampler="ProportionalSampler", arguments={"floor": 0.3}, loss=_SAMPLE),
-    "step (AGRPO)": Recipe(sampler="StepSampler", loss=_EXACT),
-    "trace, 2 merged (TraceRL)": Recipe(sampler="TraceSampler", arguments={"shrink": 2}, loss=_SAMPLE),
-    "random masks (d1, UniGRPO)": Recipe(sampler="RandomMaskSampler"),
-    "coupled masks (coupled-GRPO)": Recipe(sampler="CoupledMaskSampler"),
-    "ELBO, coupled (ESPO)": Recipe(sampler="CoupledElboSampler", arguments={"k": 2}),
-    "ELBO, quadrature (GDPO)": Recipe(sampler="QuadratureElboSampler", arguments={"k": 2}),
-    "bounds (SPG)": Recipe(sampler="SandwichedSampler", arguments={"k": 2}),
-    "exact, with commits": Recipe(sampler="FullSampler", loss=_EXACT, decode=_DRAWN),
-    # configs/rldf_commit.yaml
-    "rldf_commit": Recipe(
-        sampler="ProportionalSampler",
-        arguments={"floor": 0.3},
-        loss={"normalisation": "trajectory", "commit_weight": 0.3},
-        decode={**_DRAWN, "temperature": 0.5},
-        optimizer={"warmup_steps": 10, "ema_decay": EMA_DECAY},
-    ),
-}
-BEST, PAPER = "rldf_commit", "weighted (RLDF)"
-# The other likelihood: rldf_commit with the timesteps of another sampler, wherever those are replayed.
-RECIPES |= {
-    f"{name}, commits": replace(RECIPES[BEST], sampler=token.sampler, arguments=token.arguments)
-    for name, token in RECIPES.items()
-    if token.make_sampler().replays and token.sampler != RECIPES[BEST].sampler and not token.decode
-}
 
 
 def key(run: dict[str, Any]) -> tuple[Any, ...]:

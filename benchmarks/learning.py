@@ -1,4 +1,4 @@
-"""Runs that learn: the recipes, and one run with its curve. `bench_learning` compares them."""
+"""A run that learns, with its curve. `bench_learning` compares them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.trainer.states import TrainerFn
+from recipes import EMA_DECAY, Recipe
 from subjects import SUBJECTS, Subject
 from torch import Tensor
 
-from drift import samplers
 from drift.callbacks import RolloutCallback
 from drift.data import PromptDataModule
 from drift.evaluation import GridConfig
@@ -25,41 +25,11 @@ from drift.models import resolve_folder
 from drift.module import RLDFModule
 from drift.optimizer import OptimizerConfig
 from drift.rollout import DenoiseConfig
-from drift.samplers import TimestepSampler
 from drift.sft import SFTModule
 
-# Every run keeps this average of its weights, whatever its recipe: both are measured.
-EMA_DECAY = 0.98
 _NEVER = 10**9
 # Evaluation draws nothing: its puzzles are those of a seed that no run trains on.
 _TEST_SEED = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What differs between runs on a subject: the estimator, the likelihood, and how rollouts are made.
-
-    Args:
-        sampler: class in drift.samplers.
-        arguments: of the sampler.
-        loss: settings that differ from those of the paper, whose KL is left out.
-        decode: rollout settings that differ from threshold 0.9 at temperature 1.
-        optimizer: settings that differ from those of the paper.
-        num_updates: of each rollout.
-        group: completions of a prompt.
-    """
-
-    sampler: str = "WeightedSampler"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    loss: Mapping[str, Any] = field(default_factory=dict)
-    decode: Mapping[str, Any] = field(default_factory=dict)
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
-    num_updates: int = 1
-    group: int = 8
-
-    def make_sampler(self) -> TimestepSampler:
-        """The timestep sampler."""
-        return getattr(samplers, self.sampler)(**self.arguments)
 
 
 @dataclass(frozen=True, kw_only=True)

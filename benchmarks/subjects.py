@@ -43,13 +43,15 @@ class Subject:
     def description(self) -> dict[str, Any]:
         """What runs are comparable by, as JSON has it."""
         settings = {**asdict(self), "task": self.task.__name__}
-        del settings["point_passes"], settings["num_validation"]
+        del settings["point_passes"]
         return json.loads(json.dumps(settings))
 
     @property
     def digest(self) -> str:
-        """Of the settings; files of a subject have it in their names."""
-        return blake2b(json.dumps(self.description()).encode(), digest_size=4).hexdigest()
+        """Of what a base policy and its figures follow from; their files have it in their names."""
+        settings = self.description()
+        del settings["num_validation"]
+        return blake2b(json.dumps(settings).encode(), digest_size=4).hexdigest()
 
 
 SUBJECTS = {

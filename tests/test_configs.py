@@ -131,8 +131,8 @@ def test_commits_are_learned_behind_every_recipe(instantiate, recipe: str):
 
 def test_the_overlay_is_what_was_measured(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    bench_learning = import_module("bench_learning")
-    measured = bench_learning.RECIPES[bench_learning.BEST]
+    recipes = import_module("recipes")
+    measured = recipes.RECIPES[recipes.BEST]
     overlay = yaml.safe_load((ROOT / "configs" / "rldf_commit.yaml").read_text(encoding="utf-8"))
     sampler, decode = overlay["model"]["sampler"], overlay["rollout"]["decode"]
     assert sampler["class_path"] == f"drift.samplers.{measured.sampler}"
