@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 
-import drift.samplers
 from drift import cli
 from drift.comparison import comparison
 from drift.contract import ConfigError
@@ -22,6 +22,7 @@ from drift.plan import PlanSettings, advice, plan_memory, policy_sizes, report
 from drift.plan.memory import GIB
 from drift.policy_module import DType
 from drift.rollout import DenoiseConfig
+from drift.samplers import WeightedSampler
 
 _PLAN_HELP = """\
 Says how much memory `drift fit` with these settings would need on each GPU, whether it fits, and what to
@@ -170,7 +171,7 @@ def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
         num_updates=model.num_updates,
         micro_batch_size=model.micro_batch_size,
         micro_batch_tokens=model.micro_batch_tokens,
-        states_per_row=_states_per_row(model.sampler),
+        states_per_row=_max_states(model.sampler),
         train_groups=model.train_groups,
         max_prompt_length=data.max_prompt_length,
         prompts_per_step=data.prompts_per_step,
@@ -186,16 +187,13 @@ def plan_settings(settings: Any, num_gpus: int) -> PlanSettings:
     )
 
 
-def _states_per_row(sampler: Any) -> int | None:
-    """Noisy states that a sampler of drift's takes of a completion, at most; None where that is not known."""
-    path = "drift.samplers.WeightedSampler" if sampler is None else sampler.class_path
-    name = path.rpartition(".")[2]
-    if not path.startswith("drift.samplers."):
-        return None
-    default = inspect.signature(getattr(drift.samplers, name)).parameters.get("k")
-    k = getattr(getattr(sampler, "init_args", None), "k", None) or (default and default.default)
-    # Coupled ones take a mask and what it leaves.
-    return k and k * (2 if name.startswith("Coupled") else 1)
+def _max_states(sampler: Any) -> int | None:
+    """Noisy states that a sampler takes of a completion, at most; None where there may be any number."""
+    if sampler is None:
+        return WeightedSampler().max_states
+    module, _, name = sampler.class_path.rpartition(".")
+    arguments = sampler.get("init_args", Namespace()).as_dict()
+    return getattr(import_module(module), name)(**arguments).max_states
 
 
 def _number(key: str, text: str, *, whole: bool) -> float:

@@ -19,6 +19,8 @@ class TimestepSampler(ABC):
     replays: bool = True
     # Whether its weights differ, which the loss normalisation `token` would take for numbers of tokens.
     weighs: bool = False
+    # Noisy states of a row's plan, at most, for `drift plan`; None: any number.
+    max_states: int | None = None
 
     def require_fits(self, loss: LossConfig, *, draws: bool | None = None) -> None:
         """Raises ConfigError where loss, plans and rollouts don't fit each other.

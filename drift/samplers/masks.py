@@ -28,7 +28,7 @@ class RandomMaskSampler(TimestepSampler):
         require_positive("k", k)
         if not 0 < ratio <= 1:
             raise ConfigError(f"ratio is {ratio!r}: set it in (0, 1], the share of tokens that a mask covers")
-        self.k = k
+        self.k = self.max_states = k
         self.ratio = ratio
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
@@ -44,6 +44,7 @@ class CoupledMaskSampler(TimestepSampler):
     """Two noisy states a row: a random half of its valid tokens masked, and its complement."""
 
     replays = False
+    max_states = 2
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """Two noisy states a row; a row with a single valid token has one."""
@@ -58,6 +59,7 @@ class AllMaskSampler(TimestepSampler):
     """One noisy state a row, in which every valid token is masked."""
 
     replays = False
+    max_states = 1
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """One noisy state a row; nothing is drawn."""

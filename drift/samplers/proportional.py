@@ -44,7 +44,7 @@ class ProportionalSampler(TimestepSampler):
         require_positive("k", k)
         if not 0 < floor < math.inf:
             raise ConfigError(f"floor is {floor!r}: set it to a positive share of the mean size, such as 0.1")
-        self.k = k
+        self.k = self.max_states = k
         self.floor = floor
 
     def sizes(self, rollout: Rollout) -> Tensor:

@@ -32,7 +32,7 @@ class CoupledElboSampler(TimestepSampler):
 
     def __init__(self, k: int = 1) -> None:
         require_positive("k", k)
-        self.k = k
+        self.k, self.max_states = k, 2 * k
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """2k noisy states a row at most; see `TimestepSampler.plan`."""
@@ -64,7 +64,7 @@ class QuadratureElboSampler(TimestepSampler):
 
     def __init__(self, k: int = 2) -> None:
         require_positive("k", k)
-        self.k = k
+        self.k = self.max_states = k
         nodes, weights = np.polynomial.legendre.leggauss(k)
         self._points = torch.tensor((nodes + 1) / 2)
         self._weights = torch.tensor(weights / 2)
@@ -102,7 +102,8 @@ class SandwichedSampler(TimestepSampler):
         self, k: int = 2, beta: float = 1.5, omega: float = 0.5, block_length: int | None = None
     ) -> None:
         require_positive("k", k)
-        self.k, self.beta, self.omega, self.block_length = k, beta, omega, block_length
+        self.k = self.max_states = k
+        self.beta, self.omega, self.block_length = beta, omega, block_length
         require(self, 1 <= beta < np.inf, "beta", "set it to 1 or more, and finite")
         require(self, 0 <= omega <= 1, "omega", "set it in [0, 1], the share of the upper bound")
         good = block_length is None or block_length >= 1

@@ -43,7 +43,7 @@ class StepSampler(TimestepSampler):
 
     def __init__(self, k: int = 4, importance: Importance = "surprise") -> None:
         require_positive("k", k)
-        self.k = k
+        self.k = self.max_states = k
         self.importance = importance
         require(
             self,

@@ -53,7 +53,7 @@ class WeightedSampler(TimestepSampler):
                 "importance_correction is True with a temperature of 0: what is never drawn has no inverse "
                 "probability; set temperature to a positive number, or importance_correction to false"
             )
-        self.k = k
+        self.k = self.max_states = k
         self.temperature = float(temperature)
         self.importance_correction = importance_correction
         self.weighs = importance_correction and temperature < math.inf

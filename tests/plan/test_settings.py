@@ -7,6 +7,7 @@ from drift.commands import plan_settings
 from drift.contract import ConfigError
 from drift.plan import PlanSettings
 from drift.plan.sizes import sizes_of
+from drift.samplers import FullSampler
 
 
 @pytest.fixture
@@ -88,12 +89,24 @@ def test_a_noisy_state_is_never_longer_than_the_policy_allows(settings: PlanSett
     assert replace(settings, max_prompt_length=50, completion_length=32).length == 82
 
 
+class UsersOwn(FullSampler):
+    """A class of a user's, with arguments of its own."""
+
+    def __init__(self, each: int) -> None:
+        self.max_states = 2 * each
+
+
 @pytest.mark.parametrize(
     ("arguments", "states"),
     [
         ([], 2),
         (["--model.sampler=CoupledElbo"], 4),
+        (["--model.sampler=CoupledMask"], 2),
+        (["--model.sampler=AllMask"], 1),
         (["--model.sampler=Full"], None),
+        (["--model.sampler=Trace", "--model.sampler.shrink=2"], None),
+        ([f"--model.sampler={__name__}.UsersOwn", "--model.sampler.each=3"], 6),
+        (["--model.sampler=drift.samplers.weighted.WeightedSampler", "--model.sampler.k=3"], 3),
         (["--model.sampler.k=7"], 7),
     ],
 )
