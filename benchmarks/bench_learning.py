@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -20,14 +19,15 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from common import RESULTS, table, write
+from common import RESULTS, save_figure, table, write
+from curves import draw_all, draw_one
 from learning import Run, base_policy, learn
-from matplotlib import colormaps
-from recipes import BEST, EMA_DECAY, PAPER, RECIPES
+from recipes import BEST, EMA_DECAY, RECIPES
 from subjects import SUBJECTS
 
 SEEDS, LR_SEED = (0, 1, 2), 100
@@ -118,7 +118,7 @@ def rows_of(subject: str, budget: float) -> list[dict[str, Any]]:
                 "accuracy": _spread(runs, "final", "accuracy"),
                 "of the last weights": _spread(runs, "last", "accuracy"),
                 "gain, points": _interval([_gain(run) for run in runs]),
-                f"less than {BEST} by": _interval(_behind(runs, _best(subject, budget))),
+                f"less than {BEST} by": _interval(_behind(runs, _chosen(subject, BEST, budget))),
                 "one by one, base": _spread(runs, "base", "one by one"),
                 "one by one": _spread(runs, "final", "one by one"),
                 "timesteps, base": _spread(runs, "base", "timesteps", digits=2),
@@ -131,9 +131,24 @@ def rows_of(subject: str, budget: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _best(subject: str, budget: float) -> list[dict[str, Any]]:
-    """Runs of the best recipe, with the learning rate of which there are most."""
-    runs = made(subject, BEST, budget, SEEDS)
+def overview() -> list[dict[str, Any]]:
+    """One row for every recipe: accuracy in % and gain in points, where all have the same budget."""
+    rows = []
+    for recipe in RECIPES:
+        row = {"recipe": recipe}
+        for subject, budget in BUDGETS.items():
+            runs = _chosen(subject, recipe, budget)
+            accuracy = (
+                f"{100 * statistics.mean(run['final']['accuracy'] for run in runs):.1f}" if runs else "-"
+            )
+            row |= {subject: accuracy, f"gain on {subject}": _interval([_gain(run) for run in runs])}
+        rows.append(row)
+    return rows
+
+
+def _chosen(subject: str, recipe: str, budget: float) -> list[dict[str, Any]]:
+    """Runs of a recipe, with the learning rate of which there are most."""
+    runs = made(subject, recipe, budget, SEEDS)
     return max(([run for run in runs if run["lr"] == lr] for lr in LRS), key=len)
 
 
@@ -182,62 +197,22 @@ def report() -> None:
     tables = {name: rows for name, rows in tables.items() if rows}
     markdown = (
         "# Learning\n\n`python benchmarks/bench_learning.py`; means over seeds, each seed in brackets. Runs "
-        f"are measured by an average of their weights (EMA, {EMA_DECAY}), and by their last weights.\n"
+        f"are measured by an average of their weights (EMA, {EMA_DECAY}), and by their last weights. Plots "
+        "show what is beyond the budget that all have on a logarithmic scale.\n"
     )
+    all_tasks = overview()
+    shared = ", ".join(f"{subject} {budget / 1e6:g}" for subject, budget in BUDGETS.items())
+    markdown += f"\n## All tasks (million passes: {shared})\n\n{table(all_tasks)}\n"
     markdown += "".join(f"\n## {name}\n\n{table(rows)}\n" for name, rows in tables.items())
     # A run's longest curve holds those that it had at smaller budgets.
     by_length = sorted((run for run in done() if run["seed"] in SEEDS), key=lambda run: run["budget"])
     runs = list({key({**run, "budget": None}): run for run in by_length}.values())
-    write(
-        "bench_learning", {"benchmark": "learning", **tables}, markdown, lambda f: _draw(f, runs), quick=False
-    )
-
-
-def _draw(figure: Any, runs: Sequence[dict[str, Any]]) -> None:
-    """A row for each figure, two columns for each task: against passes and seconds; a line a recipe."""
-    subjects = [name for name in SUBJECTS if any(run["subject"] == name for run in runs)]
-    figures = {"accuracy": "accuracy, threshold", "one by one": "accuracy, one by one"}
-    figures |= {"timesteps": "timesteps per answer", "reward": "reward of rollouts"}
-    figure.set_size_inches(6 * max(len(subjects), 1) + 2, 12)
-    panels = figure.subplots(len(figures), 2 * max(len(subjects), 1), squeeze=False)
-    for left, right in zip(panels[:, 0::2].flat, panels[:, 1::2].flat, strict=True):
-        right.sharey(left)
-    recipes = [name for name in RECIPES if any(run["recipe"] == name for run in runs)]
-    for subject, recipe in itertools.product(subjects, recipes):
-        curves = [run["curve"] for run in runs if (run["subject"], run["recipe"]) == (subject, recipe)]
-        # Points of the same number in all seeds, to the last ones.
-        least = min(map(len, curves), default=0)
-        curves = [[*curve[: least - 1], curve[-1]] for curve in curves]
-        # Before the first step there was no rollout.
-        points = [
-            {name: [math.nan if point[name] is None else point[name] for point in same] for name in same[0]}
-            for same in zip(*curves, strict=True)
-        ]
-        for row, name in enumerate(figures):
-            spread = [(min(point[name]), max(point[name])) for point in points]
-            for offset, (against, unit) in enumerate((("passes", 1e-3), ("seconds", 1.0))):
-                panel = panels[row, 2 * subjects.index(subject) + offset]
-                across = [unit * statistics.mean(point[against]) for point in points]
-                panel.plot(across, [statistics.mean(point[name]) for point in points], **_line(recipe))
-                if recipe in (BEST, PAPER) and points:
-                    color = _line(recipe)["color"]
-                    panel.fill_between(across, *zip(*spread, strict=True), color=color, alpha=0.15, lw=0)
-    for row, label in enumerate(figures.values()):
-        panels[row, 0].set_ylabel(label)
-    for column, subject in enumerate(subjects):
-        panels[0, 2 * column].set_title(subject)
-        panels[-1, 2 * column].set_xlabel("thousand passes of rows")
-        panels[-1, 2 * column + 1].set_xlabel("seconds")
-    lines = [panels[0, 0].plot([], [], **_line(name))[0] for name in recipes]
-    figure.legend(lines, recipes, loc="outside lower center", ncols=4, fontsize=9)
-
-
-def _line(recipe: str) -> dict[str, Any]:
-    """The same colour for a sampler's two likelihoods; thick where the text compares."""
-    token = recipe.removesuffix(", commits")
-    color = "black" if recipe == BEST else colormaps["tab20"](list(RECIPES).index(token))
-    width, order = (3.0, 3) if recipe in (BEST, PAPER) else (1.2, 2)
-    return {"color": color, "lw": width, "zorder": order, "ls": "-" if token == recipe else "--"}
+    result = {"benchmark": "learning", "all tasks": all_tasks, **tables}
+    write("bench_learning", result, markdown, partial(draw_all, runs=runs, budgets=BUDGETS), quick=False)
+    sudoku = [run for run in runs if run["subject"] == "sudoku"]
+    if sudoku:
+        draw = partial(draw_one, runs=sudoku, budget=BUDGETS["sudoku"])
+        save_figure(RESULTS / "bench_learning_sudoku.png", draw)
 
 
 def main() -> None:

@@ -165,13 +165,18 @@ def write(
         draw: draws on a matplotlib figure.
         quick: write to `results/quick/`, which git ignores: the figures mean nothing.
     """
-    from matplotlib.figure import Figure
-
     folder = RESULTS / "quick" if quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(markdown, encoding="utf-8")
+    save_figure(folder / f"{name}.png", draw)
+    print(json.dumps(result))
+
+
+def save_figure(path: Path, draw: Callable[[Any], None]) -> None:
+    """Writes the figure that a function draws."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     draw(figure)
-    figure.savefig(folder / f"{name}.png", dpi=120)
-    print(json.dumps(result))
+    figure.savefig(path, dpi=120)
