@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from drift.contract import PromptBatch, Rollout
 from drift.distributed import gather_over_ranks, rank
 from drift.policy_module import PolicyModule
+from drift.results import keep_earlier, names_for_earlier
 
 
 class AnswerCallback(Callback):
@@ -26,7 +27,8 @@ class AnswerCallback(Callback):
     `token_ids` and `step_map` (the timestep that committed each token) end where the row had ended.
 
     Args:
-        path: the file; None: `test.jsonl` in the run's folder.
+        path: the file; None: `test.jsonl` in the run's folder, where that of an earlier test is kept under
+            a number.
         enabled: False writes nothing.
     """
 
@@ -35,6 +37,7 @@ class AnswerCallback(Callback):
         self.enabled = enabled
         self.path = Path()
         self._part: TextIO | None = None
+        self._earlier: dict[Path, Path] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Asks for the run's folder, which all ranks must do together."""
@@ -43,6 +46,8 @@ class AnswerCallback(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts this rank's part."""
+        if self.given_path is None:
+            self._earlier = names_for_earlier(self.path.parent, self.path.stem)
         if self.enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(f".{self.path.name}.{rank()}.part")
@@ -79,7 +84,9 @@ class AnswerCallback(Callback):
         self._part.flush()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes one file of the parts."""
+        """Makes one file of the parts; that of an earlier test gets another name."""
+        if trainer.is_global_zero:
+            keep_earlier(self._earlier)
         if self._part is None:
             return
         self._part.close()

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from drift import __version__
 from drift.models import weights_digest
 from drift.policy_module import PolicyModule
-from drift.results import record, results_table, write_results
+from drift.results import keep_earlier, names_for_earlier, record, results_table, write_results
 
 _EDGE = 5  # steps that the first and the last figure of a column are averaged over
 
@@ -25,7 +25,8 @@ class SummaryCallback(Callback):
     """Prints a summary of training, and the results of a validation or test, which it also writes as JSON.
 
     Args:
-        path: file of the validation or test results; None: `val.json` or `test.json` in the run's folder.
+        path: file of the validation or test results; None: `val.json` or `test.json` in the run's folder,
+            where those of an earlier command are kept under a number.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -35,6 +36,7 @@ class SummaryCallback(Callback):
         self.start: float | None = None  # None: there was nothing to train
         self.first_step = 0
         self.folder = Path()
+        self._earlier: dict[Path, Path] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Asks for the run's folder, which all ranks must do together."""
@@ -53,6 +55,16 @@ class SummaryCallback(Callback):
             # What a rollout was like counts once, also where it serves several updates.
             if name in trainer.callback_metrics and (batch.rollout is not None or name == "loss/total"):
                 values.append(float(trainer.callback_metrics[name]))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees whether an earlier validation left results, where this is the whole command."""
+        if self.path is None and trainer.state.fn == TrainerFn.VALIDATING:
+            self._earlier = names_for_earlier(self.folder, "val")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees whether an earlier test left results."""
+        if self.path is None:
+            self._earlier = names_for_earlier(self.folder, "test")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the validation accuracy; prints the results where validation is the whole command."""
@@ -115,6 +127,7 @@ class SummaryCallback(Callback):
             "weights": weights,
         }
         path = Path(self.path) if self.path is not None else self.folder / f"{name}.json"
+        keep_earlier(self._earlier)
         write_results(path, policy, records)
         _print(name, [*results_table(records), f"written to {path}"])
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from drift.contract import ConfigError
 from drift.evaluation import Cell, CellResult
 from drift.fingerprint import fingerprint
@@ -61,6 +63,27 @@ def write_results(path: Path, policy: Mapping[str, Any], records: Sequence[Recor
     new = path.with_name(f".{path.name}.new")
     new.write_text(f'{{\n{head}"results": [\n{lines}\n]\n}}\n', encoding="utf-8")
     new.replace(path)
+
+
+def names_for_earlier(folder: Path, name: str) -> dict[Path, Path]:
+    """Where to keep what an earlier command left: `test.1.json` for `test.json`, and `test.1.jsonl`.
+
+    Args:
+        folder: of the run.
+        name: of the files, without their endings; all get one number, the next that is free.
+    """
+    found = [path for path in (folder / f"{name}.json", folder / f"{name}.jsonl") if path.exists()]
+    numbers = [path.suffixes[0][1:] for path in folder.glob(f"{name}.*.json*")]
+    number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return {path: path.with_name(f"{name}.{number}{path.suffix}") for path in found}
+
+
+def keep_earlier(names: Mapping[Path, Path]) -> None:
+    """Renames what `names_for_earlier` found, unless that has been done."""
+    for path, kept in names.items():
+        if not kept.exists():
+            path.rename(kept)
+            rank_zero_info(f"what an earlier command wrote to {path.name} is {kept} now")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from drift.callbacks import CheckpointCallback, RolloutCallback, SummaryCallback
+from drift.callbacks import AnswerCallback, CheckpointCallback, RolloutCallback, SummaryCallback
 from drift.data import PromptDataModule
 from drift.models import weights_digest
 from drift.module import RLDFModule
@@ -99,3 +99,37 @@ def test_results_name_their_checkpoint_and_go_where_they_are_told(setup, tmp_pat
     trainer, module, data, _ = setup(path=str(file))
     trainer.test(module, datamodule=data, ckpt_path=str(tmp_path / "one.ckpt"), verbose=False)
     assert json.loads(file.read_text())["checkpoint"] == str(tmp_path / "one.ckpt")
+
+
+def test_an_earlier_test_is_not_overwritten(setup, tmp_path: Path):
+    kept = []
+    for answers in (True, False, True):
+        trainer, module, data, _ = setup()
+        trainer.callbacks.append(AnswerCallback(enabled=answers))
+        trainer.test(module, datamodule=data, verbose=False)
+        files = {name: tmp_path / name for name in ("test.json", "test.jsonl")}
+        kept.append({name: file.read_bytes() for name, file in files.items() if file.exists()})
+    assert [len(files) for files in kept] == [2, 1, 2]
+    for number, files in enumerate(kept[:-1], start=1):
+        # What one test wrote has one number.
+        there = {f"test.{path.suffix[1:]}": path.read_bytes() for path in tmp_path.glob(f"test.{number}.*")}
+        assert there == files
+
+
+def test_results_that_are_told_where_to_go_replace_what_was_there(setup, tmp_path: Path):
+    (tmp_path / "test.json").write_text("of another")
+    for _ in range(2):
+        trainer, module, data, _ = setup(path=str(tmp_path / "own.json"))
+        trainer.test(module, datamodule=data, verbose=False)
+    assert sorted(path.name for path in tmp_path.glob("*.json")) == ["own.json", "test.json"]
+
+
+def test_an_earlier_validation_is_kept_but_not_by_training(setup, tmp_path: Path):
+    (tmp_path / "val.json").write_text("of another")
+    trainer, module, data, _ = setup(limit_val_batches=1.0, val_check_interval=1)
+    trainer.fit(module, datamodule=data)
+    assert not (tmp_path / "val.1.json").exists()
+    trainer, module, data, _ = setup(limit_val_batches=1.0)
+    trainer.validate(module, datamodule=data, verbose=False)
+    assert (tmp_path / "val.1.json").read_text() == "of another"
+    assert json.loads((tmp_path / "val.json").read_text())["results"]
