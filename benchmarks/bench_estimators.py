@@ -85,7 +85,10 @@ def measure(gradients: Gradients, num_plans: int) -> tuple[Rows, Rows]:
     drawn = []
     for k in DRAWS:
         for name, sampler in samplers(k, gradients.objective).items():
-            drawn.append({"sampler": name, "k": k} | gradients.errors(sampler, num_plans))
+            # Step learns from fewer tokens than the objective: its states have gradients of their own.
+            other = isinstance(sampler, StepSampler) and not gradients.objective.current_only
+            errors = gradients.errors_of_others if other else gradients.errors
+            drawn.append({"sampler": name, "k": k} | errors(sampler, num_plans))
     others = []
     for name, sampler in other_samplers(gradients.objective).items():
         found = gradients.errors_of_others(sampler, max(num_plans // 16, 2))

@@ -129,7 +129,10 @@ class Gradients:
         return torch.zeros_like(self.full).index_add(0, place, factor), len(states)
 
     def errors(self, sampler: TimestepSampler, num_plans: int) -> dict[str, float]:
-        """How far the estimates of a sampler's plans are from the full gradient."""
+        """How far the estimates of a sampler's plans are from the full gradient.
+
+        Its states are timesteps of the rollout, and it learns from the tokens that the objective has.
+        """
         found = [self.coefficients(sampler.plan(keyed(self.rollout, i))) for i in range(num_plans)]
         drawn, cost = torch.stack([one for one, _ in found]), sum(num for _, num in found)
         product = partial(_product, self.products)
@@ -143,7 +146,7 @@ class Gradients:
         )
 
     def errors_of_others(self, sampler: TimestepSampler, num_plans: int) -> dict[str, float]:
-        """The same for a sampler whose states are not the rollout's timesteps, plan by plan."""
+        """The same for any other sampler, plan by plan."""
         found, cost = [], 0
         for i in range(num_plans):
             states = self._batch(sampler.plan(keyed(self.rollout, i)))

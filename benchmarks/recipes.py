@@ -47,12 +47,13 @@ _DRAWN = {"commit": "stochastic", "width": 0.03}
 RECIPES = {
     "weighted (RLDF)": Recipe(),
     "uniform": Recipe(sampler="UniformSampler"),
-    "full": Recipe(sampler="FullSampler"),
+    "full": Recipe(sampler="FullSampler", loss=_SAMPLE),
     "weighted, corrected": Recipe(arguments={"importance_correction": True}, loss=_SAMPLE),
     "proportional": Recipe(sampler="ProportionalSampler", arguments={"floor": 0.3}, loss=_SAMPLE),
     "step (AGRPO)": Recipe(sampler="StepSampler", loss=_EXACT),
     "trace, 2 merged (TraceRL)": Recipe(sampler="TraceSampler", arguments={"shrink": 2}, loss=_SAMPLE),
     "random masks (d1, UniGRPO)": Recipe(sampler="RandomMaskSampler"),
+    "all masked (d1)": Recipe(sampler="AllMaskSampler"),
     "coupled masks (coupled-GRPO)": Recipe(sampler="CoupledMaskSampler"),
     "ELBO, coupled (ESPO)": Recipe(sampler="CoupledElboSampler", arguments={"k": 2}),
     "ELBO, quadrature (GDPO)": Recipe(sampler="QuadratureElboSampler", arguments={"k": 2}),
@@ -68,6 +69,10 @@ RECIPES = {
     ),
 }
 BEST, PAPER = "rldf_commit", "weighted (RLDF)"
+# What its other settings do by themselves: no draws, and so no likelihood of commits.
+RECIPES["rldf_commit, tokens alone"] = replace(
+    RECIPES[BEST], loss={"normalisation": "trajectory"}, decode={"temperature": 0.5}
+)
 # The other likelihood: rldf_commit with the timesteps of another sampler, wherever those are replayed.
 RECIPES |= {
     f"{name}, commits": replace(RECIPES[BEST], sampler=token.sampler, arguments=token.arguments)

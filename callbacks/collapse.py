@@ -147,7 +147,7 @@ class CollapseCallback(Callback):
             f"over the last {self.window} steps the mean reward fell from {self.best[0]:.2f} to {now[0]:.2f} "
             f"and the timesteps per answer from {self.best[1]:.1f} to {now[1]:.1f}: the policy commits more "
             "tokens at once than it can get right (over-confident collapse); lower model.optimizer.lr, raise "
-            "model.loss.beta, or let it learn when to commit (--config rldf_commit)"
+            "model.loss.beta, or let it learn when to commit (rollout.decode.commit, --config rldf_commit)"
         )
 
     def look_at_spread(self, spread: float) -> str | None:

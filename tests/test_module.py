@@ -29,6 +29,8 @@ from drift.samplers import (
     ProportionalSampler,
     RandomMaskSampler,
     SandwichedSampler,
+    TraceSampler,
+    UniformSampler,
     WeightedSampler,
 )
 
@@ -253,6 +255,15 @@ def test_commits_and_whole_completions_do_not_depend_on_micro_batches(train, nam
     assert max(float(value.abs().max()) for value in results[0].gradients[0].values()) > 0
 
 
+@pytest.mark.parametrize("sampler", [FullSampler(), TraceSampler(shrink=2)])
+def test_rows_of_unlike_lengths_are_warned_of_where_slots_count_alike(sampler, recwarn):
+    sampler.require_fits(LossConfig(normalisation="sample"))
+    sampler.require_fits(LossConfig(normalisation="trajectory"))
+    assert not recwarn
+    with pytest.warns(UserWarning, match="normalisation is 'token', .* exact with sample or trajectory only"):
+        sampler.require_fits(LossConfig(normalisation="token"))
+
+
 def test_draws_of_commits_need_a_sampler_that_replays_them(train):
     with pytest.raises(ConfigError, match=r"model.sampler is RandomMaskSampler: .*commit_weight: 0"):
         train(sampler=RandomMaskSampler(), decode=DRAWN)
@@ -266,6 +277,10 @@ def test_draws_of_commits_need_a_sampler_that_replays_them(train):
         (
             {"sampler": WeightedSampler(importance_correction=True)},
             r"normalisation is 'token': WeightedSampler weighs .* set it to sample or trajectory",
+        ),
+        (
+            {"sampler": UniformSampler(importance_correction=True)},
+            r"normalisation is 'token': UniformSampler weighs",
         ),
         (
             {"sampler": RandomMaskSampler(), "loss": LossConfig(importance_cap=2.0)},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from drift.contract import CERTAIN, ConfigError, Rollout, TimestepPlan
@@ -19,6 +20,8 @@ class TimestepSampler(ABC):
     replays: bool = True
     # Whether its weights differ, which the loss normalisation `token` would take for numbers of tokens.
     weighs: bool = False
+    # Whether rows have as many states as timesteps, so that the last of the plan are those of a few rows.
+    ragged: bool = False
     # Noisy states of a row's plan, at most, for `drift plan`; None: any number.
     max_states: int | None = None
 
@@ -34,6 +37,11 @@ class TimestepSampler(ABC):
             raise ConfigError(
                 f"model.loss.normalisation is 'token': {name} weighs its timesteps so that their sum is "
                 "unbiased, and numbers of tokens know nothing of that; set it to sample or trajectory"
+            )
+        if self.ragged and loss.normalisation == "token" and draws is None:
+            rank_zero_warn(
+                f"model.loss.normalisation is 'token', by which the few rows that have a last timestep count "
+                f"as much as all that have a first: {name} is exact with sample or trajectory only"
             )
         if loss.importance_cap is not None and not self.replays:
             raise ConfigError(

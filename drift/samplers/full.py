@@ -9,7 +9,12 @@ from drift.samplers.base import TimestepSampler, candidates, sequential_plan
 
 
 class FullSampler(TimestepSampler):
-    """All timesteps that committed a valid token, in order; a shorter row's slots left over weigh 0."""
+    """All timesteps that committed a valid token, in order; a shorter row's slots left over weigh 0.
+
+    Exact under the loss normalisations `sample` and `trajectory`.
+    """
+
+    ragged = True
 
     def plan(self, rollout: Rollout, generator: torch.Generator | None = None) -> TimestepPlan:
         """As many noisy states as the longest row has timesteps; nothing is drawn."""

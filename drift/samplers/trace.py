@@ -22,6 +22,8 @@ Importance = Literal["surprise", "uniform"]
 
 # Nats added to every timestep, as in AGRPO's code: one whose tokens were certain can still be drawn.
 _LEAST_SURPRISE = 1e-8
+# Of the row's mean surprise: what a timestep counts whose draws committed padding alone, which has none.
+_OF_PADDING = 0.25
 
 
 class StepSampler(TimestepSampler):
@@ -35,8 +37,9 @@ class StepSampler(TimestepSampler):
 
     Args:
         k: draws of a row, >= 1; noisy states at most.
-        importance: `surprise` draws in proportion to the sum of -log p of the timestep's valid tokens,
-            `uniform` all timesteps alike.
+        importance: `surprise` draws in proportion to the sum of -log p of the timestep's valid tokens (one
+            whose draws committed padding alone counts a quarter of the row's mean), `uniform` all timesteps
+            alike.
     """
 
     weighs = True
@@ -77,7 +80,12 @@ class StepSampler(TimestepSampler):
         if self.importance == "surprise":
             surprise = -require_token_probs(rollout).double().clamp(min=1e-10).log()
             surprise = surprise * rollout.completion_mask
-            size = size * _LEAST_SURPRISE + torch.zeros_like(size).scatter_add(1, rollout.step_map, surprise)
+            total = torch.zeros_like(size).scatter_add(1, rollout.step_map, surprise)
+            num_valid = torch.zeros_like(size).scatter_add(
+                1, rollout.step_map, rollout.completion_mask.double()
+            )
+            mean = total.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
+            size = size * _LEAST_SURPRISE + torch.where(num_valid > 0, total, _OF_PADDING * mean)
         return torch.where(real, size, 0.0) / size.sum(dim=1, keepdim=True).clamp(
             min=torch.finfo(size.dtype).tiny
         )
@@ -87,12 +95,15 @@ class TraceSampler(TimestepSampler):
     """Every timestep of a row, `shrink` neighbours merged into one noisy state (TraceRL, arXiv 2509.06949).
 
     The state is that before the first of the merged timesteps, and the tokens of all of them are learned from
-    (section 4.1; equation 3 takes the mean over a state's tokens, as the loss normalisation `sample` does).
+    (section 4.1; equation 3 takes the mean over a state's tokens, as the loss normalisation `sample` does;
+    with `token` long rows would weigh more).
     The policy saw the state of the first alone, so that merged timesteps are no replay.
 
     Args:
         shrink: timesteps that are merged, >= 1; 1 is the exact policy gradient.
     """
+
+    ragged = True
 
     def __init__(self, shrink: int = 1) -> None:
         require_positive("shrink", shrink)

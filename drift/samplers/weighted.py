@@ -56,7 +56,7 @@ class WeightedSampler(TimestepSampler):
         self.k = self.max_states = k
         self.temperature = float(temperature)
         self.importance_correction = importance_correction
-        self.weighs = importance_correction and temperature < math.inf
+        self.weighs = importance_correction
 
     def weights(self, rollout: Rollout) -> Tensor:
         """How unsure the policy was: [N,S] float32, -mean log token_prob of valid tokens, -inf where none.

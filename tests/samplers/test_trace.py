@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drift.contract import ConfigError, Rollout, TimestepPlan
+from drift.contract import DRAWN, ConfigError, Rollout, TimestepPlan
 from drift.samplers import FullSampler, StepSampler, TraceSampler
 
 # Four timesteps of which the second committed padding alone: three candidates, 0, 2 and 3.
@@ -130,3 +130,18 @@ def test_shrunk_traces_worked_by_hand():
 def test_what_cannot_work_is_refused(make, message: str):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+def test_step_draws_timesteps_whose_draws_committed_padding_alone():
+    source = rollout(num=4000)
+    source.seeds = torch.arange(4000)
+    step = StepSampler(k=1)
+    assert not (timesteps(step.plan(source), source) == 1).any()
+    source.commit_kind = torch.full_like(source.step_map, DRAWN)
+    plan = step.plan(source)
+    # -log p: 2 ln 2, ln 2 and ln 4 of timesteps 0, 2 and 3; a quarter of their mean over four of timestep 1.
+    chance = torch.tensor([2, 0.25 * 5 / 4, 1, 2]) / (5 + 0.25 * 5 / 4)
+    drawn = timesteps(plan, source)[0]
+    share = torch.stack([(drawn == s).float().mean() for s in range(4)])
+    assert share.tolist() == pytest.approx(chance.tolist(), abs=0.03)
+    assert plan.weight[0].tolist() == pytest.approx((1 / (4 * chance[drawn])).tolist(), rel=1e-4)
