@@ -54,7 +54,8 @@ Rows = list[dict[str, Any]]
 def samplers(k: int, objective: Objective) -> dict[str, TimestepSampler]:
     """Those that draw k of the rollout's timesteps, or up to k."""
     return {
-        "uniform": UniformSampler(k, importance_correction=True),
+        "uniform": UniformSampler(k),
+        "uniform, corrected": UniformSampler(k, importance_correction=True),
         "weighted (RLDF)": WeightedSampler(k),
         "weighted, corrected": WeightedSampler(k, importance_correction=True),
         "step (AGRPO)": StepSampler(k),
@@ -62,21 +63,18 @@ def samplers(k: int, objective: Objective) -> dict[str, TimestepSampler]:
     }
 
 
-def other_samplers(objective: Objective) -> dict[str, TimestepSampler]:
-    """Those whose noisy states the rollout did not see; most estimate something else."""
-    found: dict[str, TimestepSampler] = {
-        "random masks, k 2 (d1)": RandomMaskSampler(2),
-        "coupled masks (coupled-GRPO)": CoupledMaskSampler(),
-        "all masked (d1)": AllMaskSampler(),
+def other_samplers(objective: Objective) -> dict[tuple[str, int | str], TimestepSampler]:
+    """Those whose noisy states the rollout did not see, by name and k; most estimate something else."""
+    found: dict[tuple[str, int | str], TimestepSampler] = {
+        ("coupled masks (coupled-GRPO)", "-"): CoupledMaskSampler(),
+        ("all masked (d1)", "-"): AllMaskSampler(),
     }
+    found |= {(f"trace, {shrink} merged (TraceRL)", "-"): TraceSampler(shrink) for shrink in (2, 4, 8)}
+    found |= {("random masks (d1)", k): RandomMaskSampler(k) for k in DRAWS}
     if objective is EXACT:
-        found |= {f"trace, {shrink} merged (TraceRL)": TraceSampler(shrink) for shrink in (2, 4, 8)}
-        found |= {
-            "ELBO, 1 coupled pair (ESPO)": CoupledElboSampler(1),
-            "ELBO, 4 coupled pairs (ESPO)": CoupledElboSampler(4),
-            "ELBO, 2 points (GDPO)": QuadratureElboSampler(2),
-            "bounds, k 2 (SPG)": SandwichedSampler(2),
-        }
+        found |= {("ELBO, coupled pairs (ESPO)", k): CoupledElboSampler(k) for k in DRAWS}
+        found |= {("ELBO, quadrature (GDPO)", k): QuadratureElboSampler(k) for k in DRAWS}
+        found |= {("bounds (SPG)", k): SandwichedSampler(k) for k in DRAWS}
     return found
 
 
@@ -90,9 +88,9 @@ def measure(gradients: Gradients, num_plans: int) -> tuple[Rows, Rows]:
             errors = gradients.errors_of_others if other else gradients.errors
             drawn.append({"sampler": name, "k": k} | errors(sampler, num_plans))
     others = []
-    for name, sampler in other_samplers(gradients.objective).items():
+    for (name, k), sampler in other_samplers(gradients.objective).items():
         found = gradients.errors_of_others(sampler, max(num_plans // 16, 2))
-        others.append({"sampler": name} | found)
+        others.append({"sampler": name, "k": k} | found)
     return _rounded(drawn), _rounded(others)
 
 
