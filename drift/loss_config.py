@@ -29,8 +29,9 @@ class LossConfig:
             counts; `token` divides by the kept tokens of the whole batch, `sample` by those of
             each row, then by rows; `trajectory` sums a row's kept tokens over all its timesteps, as the plan
             estimates that sum, and divides by rows: with tau null the policy gradient itself, up to the
-            number of rows that have a gradient. Rows are those with noisy states. Estimators of whole
-            completions (ESPO, GDPO, SPG) have a reduction of their own, and no tau.
+            number of rows that have a gradient, at temperature 1, where answers hold no padding and draws, or
+            a fixed schedule by the likeliest token, choose the positions. Rows are those with noisy states.
+            Estimators of whole completions (ESPO, GDPO, SPG) have a reduction of their own, and no tau.
         importance_cap: the policy-gradient term of a token committed at the noisy state's own timestep is
             multiplied by min(update's probability / rollout's probability, importance_cap), both of the
             weights that made the rollout, >= 1, such as 2.0: against cached or low-precision rollouts, whose
