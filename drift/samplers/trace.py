@@ -85,10 +85,9 @@ class StepSampler(TimestepSampler):
                 1, rollout.step_map, rollout.completion_mask.double()
             )
             mean = total.sum(dim=1, keepdim=True) / real.sum(dim=1, keepdim=True).clamp(min=1)
-            size = size * _LEAST_SURPRISE + torch.where(num_valid > 0, total, _OF_PADDING * mean)
-        return torch.where(real, size, 0.0) / size.sum(dim=1, keepdim=True).clamp(
-            min=torch.finfo(size.dtype).tiny
-        )
+            surprise = torch.where(num_valid > 0, total, _OF_PADDING * mean)
+            size = torch.where(real, surprise + _LEAST_SURPRISE, 0.0)
+        return size / size.sum(dim=1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
 
 
 class TraceSampler(TimestepSampler):
