@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from drift.contract import PromptBatch, Rollout
 from drift.distributed import gather_over_ranks, rank
 from drift.policy_module import PolicyModule
-from drift.results import keep_earlier, names_for_earlier
+from drift.results import Earlier, find_earlier, keep_earlier
 
 
 class AnswerCallback(Callback):
@@ -37,7 +37,7 @@ class AnswerCallback(Callback):
         self.enabled = enabled
         self.path = Path()
         self._part: TextIO | None = None
-        self._earlier: dict[Path, Path] = {}
+        self._earlier: list[Earlier] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Asks for the run's folder, which all ranks must do together."""
@@ -47,7 +47,7 @@ class AnswerCallback(Callback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts this rank's part."""
         if self.given_path is None:
-            self._earlier = names_for_earlier(self.path.parent, self.path.stem)
+            self._earlier = find_earlier(self.path.parent, self.path.stem)
         if self.enabled:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(f".{self.path.name}.{rank()}.part")

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from drift import __version__
 from drift.models import weights_digest
 from drift.policy_module import PolicyModule
-from drift.results import keep_earlier, names_for_earlier, record, results_table, write_results
+from drift.results import Earlier, find_earlier, keep_earlier, record, results_table, write_results
 
 _EDGE = 5  # steps that the first and the last figure of a column are averaged over
 
@@ -36,7 +36,7 @@ class SummaryCallback(Callback):
         self.start: float | None = None  # None: there was nothing to train
         self.first_step = 0
         self.folder = Path()
-        self._earlier: dict[Path, Path] = {}
+        self._earlier: list[Earlier] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Asks for the run's folder, which all ranks must do together."""
@@ -59,12 +59,12 @@ class SummaryCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sees whether an earlier validation left results, where this is the whole command."""
         if self.path is None and trainer.state.fn == TrainerFn.VALIDATING:
-            self._earlier = names_for_earlier(self.folder, "val")
+            self._earlier = find_earlier(self.folder, "val")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sees whether an earlier test left results."""
         if self.path is None:
-            self._earlier = names_for_earlier(self.folder, "test")
+            self._earlier = find_earlier(self.folder, "test")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keeps the validation accuracy; prints the results where validation is the whole command."""

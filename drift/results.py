@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,22 @@ def write_results(path: Path, policy: Mapping[str, Any], records: Sequence[Recor
     new.replace(path)
 
 
-def names_for_earlier(folder: Path, name: str) -> dict[Path, Path]:
+@dataclass(frozen=True)
+class Earlier:
+    """A file that an earlier command left.
+
+    Args:
+        path: where it is.
+        kept: where it is to be kept.
+        time: when it was written, nanoseconds.
+    """
+
+    path: Path
+    kept: Path
+    time: int
+
+
+def find_earlier(folder: Path, name: str) -> list[Earlier]:
     """Where to keep what an earlier command left: `test.1.json` for `test.json`, and `test.1.jsonl`.
 
     Args:
@@ -75,15 +91,18 @@ def names_for_earlier(folder: Path, name: str) -> dict[Path, Path]:
     found = [path for path in (folder / f"{name}.json", folder / f"{name}.jsonl") if path.exists()]
     numbers = [path.suffixes[0][1:] for path in folder.glob(f"{name}.*.json*")]
     number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
-    return {path: path.with_name(f"{name}.{number}{path.suffix}") for path in found}
+    return [
+        Earlier(path, path.with_name(f"{name}.{number}{path.suffix}"), path.stat().st_mtime_ns)
+        for path in found
+    ]
 
 
-def keep_earlier(names: Mapping[Path, Path]) -> None:
-    """Renames what `names_for_earlier` found, unless that has been done."""
-    for path, kept in names.items():
-        if not kept.exists():
-            path.rename(kept)
-            rank_zero_info(f"what an earlier command wrote to {path.name} is {kept} now")
+def keep_earlier(found: Sequence[Earlier]) -> None:
+    """Renames what `find_earlier` found, unless that has been done, or it has been replaced."""
+    for file in found:
+        if file.path.exists() and file.path.stat().st_mtime_ns == file.time:
+            file.path.rename(file.kept)
+            rank_zero_info(f"what an earlier command wrote to {file.path.name} is {file.kept} now")
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -133,3 +133,15 @@ def test_an_earlier_validation_is_kept_but_not_by_training(setup, tmp_path: Path
     trainer.validate(module, datamodule=data, verbose=False)
     assert (tmp_path / "val.1.json").read_text() == "of another"
     assert json.loads((tmp_path / "val.json").read_text())["results"]
+
+
+def test_results_told_to_go_where_they_would_are_not_taken_for_earlier_ones(setup, tmp_path: Path):
+    for _ in range(2):
+        trainer, module, data, _ = setup(path=str(tmp_path / "test.json"))
+        trainer.callbacks.append(AnswerCallback())
+        trainer.test(module, datamodule=data, verbose=False)
+    assert sorted(path.name for path in tmp_path.glob("test.*")) == [
+        "test.1.jsonl",
+        "test.json",
+        "test.jsonl",
+    ]
