@@ -83,8 +83,9 @@ def measure(gradients: Gradients, num_plans: int) -> tuple[Rows, Rows]:
     drawn = []
     for k in DRAWS:
         for name, sampler in samplers(k, gradients.objective).items():
-            # Step learns from fewer tokens than the objective: its states have gradients of their own.
-            other = isinstance(sampler, StepSampler) and not gradients.objective.current_only
+            # From fewer tokens than the objective has, its states have gradients of their own.
+            plan = sampler.plan(gradients.rollout)
+            other = plan.current_only and not gradients.objective.current_only
             errors = gradients.errors_of_others if other else gradients.errors
             drawn.append({"sampler": name, "k": k} | errors(sampler, num_plans))
     others = []
